@@ -1,0 +1,1 @@
+"""Packaged YAML files: models, methods and data sets. Data only."""

@@ -1,0 +1,1 @@
+"""Timing, accuracy and size of every artifact in one table."""

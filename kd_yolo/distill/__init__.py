@@ -1,0 +1,1 @@
+"""Teacher and student: taps, methods, schedule and the wrapped model."""

@@ -1,0 +1,176 @@
+"""What a distillation method is: named losses from what was tapped of a teacher and a student.
+
+Shape letters, used in every method file: B images, K classes, L levels (P3, P4, P5, ...), C_l channels of level l,
+H_l x W_l cells of level l, A = sum of H_l * W_l anchors, R = ``reg_max`` bins per box side.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from kd_yolo.errors import ConfigError, nearest
+
+
+class MethodArgs(BaseModel):
+    """Arguments of a method: strict, frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    weight: float = Field(default=1.0, ge=0.0, description="factor on the whole method")
+
+
+@dataclass(frozen=True)
+class LevelSpec:
+    """One feature level of a detector.
+
+    Attributes:
+        channels: Channels C_l of the neck map that enters the head.
+        stride: Input pixels per cell.
+    """
+
+    channels: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class DetectorSpec:
+    """What a method may know about a detector before the first batch.
+
+    Attributes:
+        levels: The matched feature levels, finest first.
+        num_classes: K, after the class map was applied (the student's classes).
+        reg_max: R, bins per box side; 1 means that the head regresses distances directly.
+    """
+
+    levels: tuple[LevelSpec, ...]
+    num_classes: int
+    reg_max: int
+
+
+@dataclass(frozen=True)
+class Taps:
+    """What was read from one detector in one forward pass, levels already matched by stride.
+
+    Attributes:
+        neck: L maps of shape (B, C_l, H_l, W_l).
+        scores: Raw class logits, (B, K, A), of the one-to-many head; the teacher's are mapped to the student's classes.
+        scores_one2one: Raw class logits of the one-to-one head, (B, K, A), or None.
+        boxes: Raw box outputs, (B, 4 R, A), in units of the level's stride.
+        strides: Stride of every anchor in pixels, (A,).
+        anchors: Anchor centres in units of the stride, (A, 2), x before y.
+        class_mask: (K,) booleans, True where the teacher knows the student's class; None means all.
+    """
+
+    neck: tuple[Tensor, ...]
+    scores: Tensor
+    boxes: Tensor
+    strides: Tensor
+    anchors: Tensor
+    scores_one2one: Tensor | None = None
+    class_mask: Tensor | None = None
+
+
+class DistillMethod(nn.Module, ABC):
+    """One distillation loss. It owns its adapters; it owns no model, no hook and no trainer."""
+
+    Args: ClassVar[type[MethodArgs]]
+
+    def __init__(self, args: MethodArgs, student: DetectorSpec, teacher: DetectorSpec) -> None:
+        """Store the arguments; a subclass builds its adapters and refuses what it cannot work with."""
+        super().__init__()
+        self.args = args
+        self.student_spec = student
+        self.teacher_spec = teacher
+
+    @abstractmethod
+    def forward(self, student: Taps, teacher: Taps, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return named scalar losses, each a mean over the batch, in float32, already weighted.
+
+        Args:
+            student: Taps that carry gradients.
+            teacher: Taps without gradients.
+            batch: The training batch. ``batch["fg_mask"]`` (B, A), when present, marks the assigner's foreground.
+        """
+
+
+def list_methods() -> list[str]:
+    """Return the names of the built-in methods without importing them."""
+    package = importlib.import_module("kd_yolo.distill.methods")
+    names = [module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__)]
+    return sorted(name for name in names if not name.startswith("-"))
+
+
+def load_method(name: str) -> type[DistillMethod]:
+    """Import the one method that a module defines.
+
+    Args:
+        name: A built-in name such as ``kd-lightnet``, or a dotted module path of a third party.
+
+    Raises:
+        ConfigError: There is no such module, or it does not define exactly one method.
+    """
+    path = name if "." in name else f"kd_yolo.distill.methods.{name.replace('-', '_')}"
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not path.startswith(error.name):
+            raise  # the method's own import failed: that is its author's error, not a wrong name
+        known = [*list_methods(), "none"]
+        raise ConfigError(f"method '{name}' is unknown; known: {', '.join(known)}{nearest(name, known)}") from error
+    found = [
+        item
+        for _, item in inspect.getmembers(module, inspect.isclass)
+        if issubclass(item, DistillMethod) and item.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise ConfigError(f"method '{name}': {path} must define exactly one DistillMethod, found {len(found)}")
+    return found[0]
+
+
+def parse_args(name: str, args: Mapping[str, Any]) -> MethodArgs:
+    """Validate a method's arguments.
+
+    Raises:
+        ConfigError: An unknown or ill-typed argument; the message names it and the nearest known one.
+    """
+    schema = load_method(name).Args
+    try:
+        return schema.model_validate(dict(args))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "arguments"
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(
+                f"method '{name}' has no argument '{key}'{nearest(key, schema.model_fields)} "
+                f"(known: {', '.join(schema.model_fields)})"
+            ) from error
+        raise ConfigError(f"method '{name}': {key}={first.get('input')!r}: {first['msg']}") from error
+
+
+def build_method(
+    name: str, args: Mapping[str, Any], student: DetectorSpec, teacher: DetectorSpec, seed: int = 0
+) -> DistillMethod:
+    """Build a method with adapters drawn from its own random stream.
+
+    The global random state is left as it was, so that a run with all weights at zero repeats the plain run exactly.
+    """
+    if len(student.levels) != len(teacher.levels):
+        raise ConfigError(f"method '{name}': {len(student.levels)} student and {len(teacher.levels)} teacher levels")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return load_method(name)(parse_args(name, args), student, teacher)
+
+
+def level_sizes(neck: Sequence[Tensor]) -> list[int]:
+    """Return the number of anchors of each level, H_l * W_l."""
+    return [int(feature.shape[-2] * feature.shape[-1]) for feature in neck]

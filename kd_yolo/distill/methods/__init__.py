@@ -1,0 +1,1 @@
+"""One file per distillation method; found by file name, not by registration."""

@@ -1,0 +1,1 @@
+"""Re-parameterized blocks, the LightNet family, and surgery on stock models."""
