@@ -1,6 +1,265 @@
-"""Command line."""
+"""The command line: ``kd-yolo COMMAND key=value ...``. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kd_yolo import __version__
+from kd_yolo.errors import KDYoloError, nearest
+
+INTERRUPTED = 130
 
 
-def main() -> int:
-    """Run."""
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        summary: One line for the overview.
+        handler: ``module:function``; called with the parsed arguments, returns text and plain data.
+        usage: What follows the command's name.
+        keys: Own keys with their meaning, for the help text.
+        stock: True when stock Ultralytics keys are accepted too.
+        example: A command that works as written.
+    """
+
+    summary: str
+    handler: str
+    usage: str
+    keys: dict[str, str]
+    stock: bool = False
+    example: str = ""
+
+
+TRAIN_KEYS = {
+    "data": "data set: YAML file or built-in name (neu, magnetic-tile, pku-pcb, deeppcb, steel-synth); needed",
+    "model": "student: lightnet-n|s|m, a stock YAML or a .pt file [lightnet-s]",
+    "teacher": "self (train one first), none, or a .pt file [self]",
+    "method": "distillation method by name or YAML file, or none [kd-lightnet]; see kd-yolo methods",
+    "kd.NAME": "argument of the method, for example kd.tau=2 kd.weight=1.5",
+    "schedule.NAME": "warmup, decay, final, off_last of the distillation weight",
+    "balance": "set the method's weights once so that its gradient is this ratio of the task's, for example 0.3",
+    "reparam": "branches: qarep|repvgg|multi|none [LightNet: qarep, stock models: none]",
+    "pretrained": "warm start: a .pt file, or false",
+    "teacher_model": "structure of the self teacher [the student's], for example lightnet-m",
+    "teacher_epochs": "epochs of the self teacher [epochs]",
+    "generations": "rounds of self-distillation, kept while validation improves [1]",
+    "allow_weak_teacher": "accept a teacher below 0.05 mAP50 [false]",
+    "allow_other_canvas": "accept a teacher trained at another imgsz [false]",
+    "export": "onnx or none, after training [onnx]",
+    "benchmark": "time the deployed student after training [true]",
+    "resume": "true: continue the latest unfinished run; or a run folder",
+    "trust": "load foreign pickled classes from the given checkpoints [false]",
+}
+
+MODEL_KEY = "checkpoint or exported file; needed"
+TRUST = "load foreign pickled classes from the checkpoint [false]"
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "train a student, with a teacher beside it",
+        "kd_yolo.commands:train",
+        "data=neu.yaml [model=lightnet-s] [teacher=self|FILE|none] [method=kd-lightnet] [epochs=100] ...",
+        TRAIN_KEYS,
+        stock=True,
+        example="kd-yolo train data=steel-synth imgsz=160 epochs=10",
+    ),
+    "val": Command(
+        "validate a checkpoint or exported file on the square canvas",
+        "kd_yolo.commands:val",
+        "model=best.pt data=neu.yaml [imgsz=224] [split=test]",
+        {"model": MODEL_KEY, "data": "data set; needed", "trust": TRUST},
+        stock=True,
+        example="kd-yolo val model=runs/detect/train/weights/best.pt data=steel-synth imgsz=160 split=test",
+    ),
+    "predict": Command(
+        "detect in images, folders or videos",
+        "kd_yolo.commands:predict",
+        "model=best.pt source=FOLDER [imgsz=224] [conf=0.25]",
+        {"model": MODEL_KEY, "source": "image, folder, video or camera number; needed", "trust": TRUST},
+        stock=True,
+        example="kd-yolo predict model=runs/detect/train/weights/best.pt source=photos/ imgsz=160",
+    ),
+    "deploy": Command(
+        "merge branches into plain convolutions, checked; stock classes only",
+        "kd_yolo.commands:deploy",
+        "model=best.pt [out=FILE] [nms=true]",
+        {
+            "model": "checkpoint; needed",
+            "out": "file to write [<model>-deploy.pt]",
+            "nms": "true: NMS head; false: NMS-free head [true]",
+            "trust": TRUST,
+        },
+        example="kd-yolo deploy model=runs/detect/train/weights/best.pt",
+    ),
+    "export": Command(
+        "deploy, export and prove the file equal",
+        "kd_yolo.commands:export",
+        "model=best.pt [format=onnx] [imgsz=224] [data=neu.yaml]",
+        {
+            "model": "checkpoint; needed",
+            "format": "onnx [onnx]",
+            "imgsz": "canvas in pixels [the checkpoint's]",
+            "batch": "images per call [1]",
+            "dynamic": "any batch and canvas [false]",
+            "half": "float16 weights [false]",
+            "nms": "NMS inside the file [false]",
+            "opset": "ONNX operator set",
+            "simplify": "simplify the graph [true]",
+            "data": "data set for the parity check's images",
+            "out": "file to write",
+            "trust": TRUST,
+        },
+        example="kd-yolo export model=runs/detect/train/weights/best.pt format=onnx imgsz=160",
+    ),
+    "benchmark": Command(
+        "time, size and accuracy of several files in one table",
+        "kd_yolo.commands:benchmark",
+        "model=A,B,... [imgsz=224] [batch=1] [data=neu.yaml]",
+        {
+            "model": "checkpoints and exported files, separated by commas; needed",
+            "imgsz": "canvas in pixels [224]",
+            "batch": "images per call [1]",
+            "data": "data set: real images and mAP in the same row",
+            "split": "split for mAP [val]",
+            "rounds": "interleaved rounds",
+            "iterations": "timed calls per round",
+            "threads": "CPU threads",
+            "device": "cpu or a CUDA number [cpu]",
+            "out": "folder for JSON, CSV, Markdown and plot",
+            "trust": TRUST,
+        },
+        example="kd-yolo benchmark model=best-deploy.pt,best.onnx imgsz=160",
+    ),
+    "data": Command(
+        "check, convert, make or split a data set",
+        "kd_yolo.commands:data",
+        "check|convert|make|split key=value ...",
+        {
+            "check data= [imgsz=640] [out=sheet.png]": "find label, image and split errors; draw a contact sheet",
+            "convert from=voc|masks|coco|deeppcb src= out=": "bring a published layout into YOLO form",
+            "make out= [train=240] [val=60] [test=60] [seed=0]": "write the built-in synthetic steel set",
+            "split data= out= [ratios=0.8,0.1,0.1] [folds=K] [group=REGEX]": "split again, leakage-free",
+        },
+        example="kd-yolo data check data=steel-synth",
+    ),
+    "models": Command("list models with size, cost and deployed convolutions", "kd_yolo.commands:models", "", {}),
+    "methods": Command("list distillation methods with their arguments", "kd_yolo.commands:methods", "", {}),
+    "doctor": Command("check the environment and say what is missing", "kd_yolo.commands:doctor", "", {}),
+    "demo": Command(
+        "the whole line on built-in data, in minutes on two CPU cores",
+        "kd_yolo.commands:demo",
+        "[project=runs/demo] [epochs=...]",
+        {
+            "project": "folder for the results [runs/demo]",
+            "epochs": "epochs of teacher and student each",
+            "model": "student [lightnet-n]",
+            "imgsz": "canvas in pixels",
+        },
+        example="kd-yolo demo",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Words after the program name; None takes them from the process.
+
+    Returns:
+        0, or 2 after one line on standard error, or 130 when interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in {"help", "--help", "-h"}:
+        print(overview())
+        return 0
+    if words[0] in {"version", "--version", "-V"}:
+        print(f"kd-yolo {__version__}")
+        return 0
+    try:
+        return _run(words[0], words[1:])
+    except KDYoloError as error:
+        print(f"kd-yolo: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("kd-yolo: interrupted; training continues with: kd-yolo train resume=true", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as with `| head`
+        return 0
+
+
+def overview() -> str:
+    """Return the help text of the program."""
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: kd-yolo COMMAND key=value ...",
+            "",
+            *lines,
+            "",
+            "kd-yolo COMMAND --help lists a command's keys. json=true prints one JSON object on standard output.",
+        ]
+    )
+
+
+def command_help(name: str) -> str:
+    """Return the help text of one command."""
+    command = COMMANDS[name]
+    lines = [f"usage: kd-yolo {name} {command.usage}".rstrip(), "", f"{command.summary[0].upper()}{command.summary[1:]}."]
+    keys = {**command.keys, "json": "print one JSON object [false]"}
+    width = min(max(len(key) for key in keys), 28)
+    lines += ["", *(f"  {key:<{width}}  {text}" for key, text in keys.items())]
+    if command.stock:
+        from kd_yolo.config import REPLACED_KEYS, stock_keys
+
+        names = [key for key in stock_keys() if key not in {*command.keys, *REPLACED_KEYS}]
+        lines += ["", "Ultralytics' own keys, with their meaning and defaults there:", *_wrapped(names)]
+    if command.example:
+        lines += ["", f"Example: {command.example}"]
+    return "\n".join(lines)
+
+
+def _run(name: str, words: list[str]) -> int:
+    from kd_yolo.config import parse_pairs
+    from kd_yolo.errors import ConfigError
+
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown command '{name}'{nearest(name, COMMANDS)} (kd-yolo --help lists all)")
+    if any(word in {"--help", "-h", "help"} for word in words):
+        print(command_help(name))
+        return 0
+    positional = [words.pop(0)] if words and "=" not in words[0] and name == "data" else []
+    values = parse_pairs(words)
+    as_json = values.pop("json", False)
+    if not isinstance(as_json, bool):
+        raise ConfigError(f"json={as_json}: true or false")
+    # Ultralytics takes a program whose name ends in "yolo" for its own command line, where predict() returns nothing.
+    sys.argv = ["kd-yolo-cli", *sys.argv[1:]]
+    os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # never install packages behind the user's back
+    module, _, function = COMMANDS[name].handler.partition(":")
+    handler: Callable[..., tuple[str, Any]]
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        handler = getattr(importlib.import_module(module), function)
+        text, content = handler(*positional, values)
+    print(json.dumps(content, default=str) if as_json else text)
     return 0
+
+
+def _wrapped(names: Sequence[str], width: int = 100) -> list[str]:
+    lines, line = [], " "
+    for name in names:
+        if len(line) + len(name) > width:
+            lines.append(line)
+            line = " "
+        line += f" {name}"
+    return [*lines, line]

@@ -18,13 +18,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from kd_yolo.errors import ConfigError, nearest
+from kd_yolo.errors import ConfigError, TeacherError, nearest
 
 
 class MethodArgs(BaseModel):
-    """Arguments of a method: strict, frozen, unknown keys refused."""
+    """Arguments of a method: strict, frozen, unknown keys and non-finite numbers refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     weight: float = Field(default=1.0, ge=0.0, description="factor on the whole method")
 
@@ -84,6 +84,16 @@ class DistillMethod(nn.Module, ABC):
     """One distillation loss. It owns its adapters; it owns no model, no hook and no trainer."""
 
     Args: ClassVar[type[MethodArgs]]
+    # Whether loss and gradient vanish when the student's taps equal the teacher's.
+    zero_at_equality: ClassVar[bool] = True
+    # Arguments under which no detached factor depends on the student: there a numeric gradient equals the analytic one.
+    gradcheck_args: ClassVar[Mapping[str, Any]] = {}
+
+    # Set by a subclass's __init__ when it differs: the names that forward() returns, always all of them ...
+    terms: tuple[str, ...]
+    # ... and what it reads of the TEACHER; the rest of the teacher's head is then not computed at all and arrives as
+    # an empty tensor. Of "neck", "scores", "boxes", "scores_one2one".
+    reads: frozenset[str] = frozenset({"neck", "scores", "boxes"})
 
     def __init__(self, args: MethodArgs, student: DetectorSpec, teacher: DetectorSpec) -> None:
         """Store the arguments; a subclass builds its adapters and refuses what it cannot work with."""
@@ -167,8 +177,26 @@ def build_method(
     if len(student.levels) != len(teacher.levels):
         raise ConfigError(f"method '{name}': {len(student.levels)} student and {len(teacher.levels)} teacher levels")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
         return load_method(name)(parse_args(name, args), student, teacher)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return half-precision values in float32; float32 and float64 stay as they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def check_same_anchors(student: Tensor, teacher: Tensor) -> None:
+    """Refuse class logits (B, K, A) of two detectors that do not belong together.
+
+    Raises:
+        TeacherError: Images, classes or anchors differ in number.
+    """
+    if student.shape != teacher.shape:
+        raise TeacherError(
+            f"class logits (images, classes, anchors) differ: student {tuple(student.shape)}, teacher "
+            f"{tuple(teacher.shape)}; both need one canvas, one class list and the same levels"
+        )
 
 
 def level_sizes(neck: Sequence[Tensor]) -> list[int]:

@@ -1,0 +1,245 @@
+"""What each command does: parse its keys, call the library, return text for people and data for ``json=true``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from kd_yolo.config import Strict, refuse_unknown, split_train_keys, stock_keys, validate
+from kd_yolo.errors import ConfigError, nearest
+
+Outcome = tuple[str, Any]
+
+
+class DeployKeys(Strict):
+    """Keys of ``deploy``."""
+
+    model: str = Field(description="checkpoint; give model=FILE")
+    out: str | None = None
+    nms: bool = True
+    trust: bool = False
+
+
+class ExportKeys(Strict):
+    """Keys of ``export``."""
+
+    model: str = Field(description="checkpoint; give model=FILE")
+    format: str = "onnx"
+    imgsz: int | None = None
+    batch: int = Field(default=1, ge=1)
+    dynamic: bool = False
+    half: bool = False
+    nms: bool = False
+    opset: int | None = Field(default=None, ge=7)
+    simplify: bool = True
+    data: str | None = None
+    out: str | None = None
+    trust: bool = False
+
+
+class BenchmarkKeys(Strict):
+    """Keys of ``benchmark``."""
+
+    model: str | list[str] = Field(description="files separated by commas; give model=A,B")
+    imgsz: int = 224
+    batch: int = Field(default=1, ge=1)
+    data: str | None = None
+    split: str = "val"
+    rounds: int | None = Field(default=None, ge=1)
+    iterations: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    device: str | int = "cpu"
+    out: str | None = None
+    trust: bool = False
+
+
+def train(values: Mapping[str, Any]) -> Outcome:
+    """Train, deploy, export and time."""
+    if not values.get("data") and not values.get("resume"):
+        raise ConfigError("train needs data=; try data=steel-synth (built in) or data=neu.yaml")
+    config, stock, groups = split_train_keys({"data": "resumed", **values})
+    from kd_yolo.training import train as run
+
+    report = run(config, stock, groups)
+    lines = [f"{p.name}: mAP50 {_map50(p.metrics):.4f}, mAP50-95 {p.fitness:.4f}" for p in report.phases]
+    files = [f"{kind}: {path}" for kind, path in report.artifacts.items()]
+    return "\n".join(["", *lines, f"best student: {report.best}", *files]), report.to_dict()
+
+
+def val(values: Mapping[str, Any]) -> Outcome:
+    """Validate a checkpoint or an exported file."""
+    model, rest = _model_and_rest(values, "val", needs="data")
+    metrics = model.val(**rest)
+    content = {"model": str(values["model"]), **{k: float(v) for k, v in metrics.results_dict.items()}}
+    per_class = {metrics.names[int(c)]: float(metrics.box.maps[int(c)]) for c in metrics.box.ap_class_index}
+    text = f"mAP50 {content['metrics/mAP50(B)']:.4f}, mAP50-95 {content['metrics/mAP50-95(B)']:.4f}"
+    return text, {**content, "mAP50-95_by_class": per_class}
+
+
+def predict(values: Mapping[str, Any]) -> Outcome:
+    """Detect in images."""
+    model, rest = _model_and_rest(values, "predict", needs="source")
+    source = rest.pop("source")
+    if isinstance(source, str) and "://" not in source and "*" not in source and not Path(source).exists():
+        raise ConfigError(f"source={source}: no such file or folder")
+    rest = {"save": True, "project": str(Path("runs/detect").resolve()), "name": "predict", **rest}
+    found = []
+    for result in model.predict(source, stream=True, **rest):
+        boxes = result.boxes.cpu().numpy()
+        detections = [
+            {"class": result.names[int(c)], "confidence": float(p), "box_xyxy_px": [float(v) for v in xyxy]}
+            for c, p, xyxy in zip(boxes.cls, boxes.conf, boxes.xyxy, strict=True)
+        ]
+        found.append({"image": str(result.path), "detections": detections})
+    save_dir = str(getattr(model.predictor, "save_dir", ""))
+    count = sum(len(item["detections"]) for item in found)
+    return f"{count} detections in {len(found)} images; saved in {save_dir}", {"save_dir": save_dir, "images": found}
+
+
+def deploy(values: Mapping[str, Any]) -> Outcome:
+    """Write the merged checkpoint."""
+    keys = _keys(DeployKeys, values, "deploy")
+    from kd_yolo.deploy import deploy as run
+
+    report = run(Path(keys.model), out=Path(keys.out) if keys.out else None, nms=keys.nms, trust=keys.trust)
+    return report.to_text(), report.to_dict()
+
+
+def export(values: Mapping[str, Any]) -> Outcome:
+    """Export to another runtime, with the parity gate."""
+    keys = _keys(ExportKeys, values, "export")
+    from kd_yolo.data.datasets import resolve_dataset
+    from kd_yolo.export import export as run
+
+    given = keys.model_dump(exclude={"model", "format", "data", "out"}, exclude_none=True)
+    data = str(resolve_dataset(keys.data)) if keys.data else None
+    out = Path(keys.out) if keys.out else None
+    report = run(Path(keys.model), format=keys.format, data=data, out=out, **given)
+    return report.to_text(), report.to_dict()
+
+
+def benchmark(values: Mapping[str, Any]) -> Outcome:
+    """Time and judge several files."""
+    keys = _keys(BenchmarkKeys, values, "benchmark")
+    from kd_yolo.bench import benchmark as run
+    from kd_yolo.data.datasets import resolve_dataset
+
+    models = keys.model if isinstance(keys.model, list) else [part.strip() for part in keys.model.split(",")]
+    given = keys.model_dump(exclude={"model", "data", "out", "device"}, exclude_none=True)
+    data = str(resolve_dataset(keys.data)) if keys.data else None
+    out = Path(keys.out) if keys.out else None
+    report = run([str(m) for m in models], data=data, out=out, device=str(keys.device), **given)
+    return report.to_markdown(), report.to_dict()
+
+
+def models(values: Mapping[str, Any]) -> Outcome:
+    """List the built-in models."""
+    refuse_unknown(values, [], "models")
+    from kd_yolo.nn.lightnet import build_model, count_deployed
+    from kd_yolo.resources import builtin_names
+
+    rows = []
+    for name in builtin_names("models"):
+        model = build_model(name, nc=6)
+        counts = count_deployed(model, imgsz=224)
+        trained = sum(p.numel() for p in model.parameters())
+        rows.append({"model": name, "params_training": trained, **counts})
+    lines = [
+        f"{row['model']:<12} {row['params'] / 1e6:7.2f} M {row['convolutions']:9} {row['gflops']:12.2f} "
+        f"{row['params_training'] / 1e6:10.2f} M"
+        for row in rows
+    ]
+    head = f"{'model':<12} {'deployed':>9} {'convs':>9} {'GFLOPs@224':>12} {'in training':>12}"
+    note = "6 classes. Any Ultralytics detector works too: model=yolo26n.pt reparam=qarep"
+    return "\n".join([head, *lines, "", note]), {"models": rows}
+
+
+def methods(values: Mapping[str, Any]) -> Outcome:
+    """List the distillation methods."""
+    refuse_unknown(values, [], "methods")
+    import inspect
+
+    from kd_yolo.distill.base import list_methods, load_method
+
+    rows: list[dict[str, Any]] = [{"method": "none", "summary": "No distillation: labels only.", "args": {}}]
+    for name in list_methods():
+        method = load_method(name)
+        fields = {key: field.default for key, field in method.Args.model_fields.items()}
+        summary = (inspect.getdoc(inspect.getmodule(method)) or "").splitlines()[0]
+        rows.append({"method": name, "summary": summary, "args": fields})
+    lines = []
+    for row in rows:
+        lines.append(f"{row['method']:<14} {row['summary']}")
+        if row["args"]:
+            lines.append(" " * 15 + ", ".join(f"kd.{key}={value}" for key, value in row["args"].items()))
+    return "\n".join(lines), {"methods": rows}
+
+
+def data(*arguments: Any) -> Outcome:
+    """Run a ``data`` subcommand."""
+    from kd_yolo.data_commands import SUBCOMMANDS
+
+    if len(arguments) == 1:
+        raise ConfigError(f"data needs a word: {', '.join(SUBCOMMANDS)}; for example kd-yolo data check data=steel-synth")
+    name, values = arguments
+    if name not in SUBCOMMANDS:
+        raise ConfigError(f"data: unknown word '{name}'{nearest(name, SUBCOMMANDS)} (known: {', '.join(SUBCOMMANDS)})")
+    return SUBCOMMANDS[name](values)
+
+
+def doctor(values: Mapping[str, Any]) -> Outcome:
+    """Check the environment."""
+    refuse_unknown(values, [], "doctor")
+    from kd_yolo.doctor import examine
+
+    report = examine()
+    return report.to_text(), report.to_dict()
+
+
+def demo(values: Mapping[str, Any]) -> Outcome:
+    """Run the whole line on the built-in data."""
+    from kd_yolo.demo import run_demo
+
+    refuse_unknown(values, ["project", "epochs", "model", "imgsz"], "demo")
+    return run_demo(**values)
+
+
+def _keys(schema: Any, values: Mapping[str, Any], command: str) -> Any:
+    plain = {key: value if value is None or isinstance(value, (bool, int, list)) else str(value) for key, value in values.items()}
+    return validate(schema, plain, where=command)
+
+
+def _model_and_rest(values: Mapping[str, Any], command: str, needs: str) -> tuple[Any, dict[str, Any]]:
+    refuse_unknown(values, ["model", "data", "source", "trust", *stock_keys()], command)
+    for key in ("model", needs):
+        if values.get(key) in {None, ""}:
+            raise ConfigError(f"{command}: missing key '{key}'; see kd-yolo {command} --help")
+    from kd_yolo.api import KDYOLO
+
+    trust = values.get("trust", False)
+    if not isinstance(trust, bool):
+        raise ConfigError(f"trust={trust}: true or false")
+    rest = {key: value for key, value in values.items() if key not in {"model", "trust", "mode", "task"}}
+    return KDYOLO(str(values["model"]), trust=trust), rest
+
+
+def _map50(metrics: Mapping[str, float]) -> float:
+    return float(metrics.get("metrics/mAP50(B)", float("nan")))
+
+
+__all__ = [
+    "benchmark",
+    "data",
+    "demo",
+    "deploy",
+    "doctor",
+    "export",
+    "methods",
+    "models",
+    "predict",
+    "train",
+    "val",
+]

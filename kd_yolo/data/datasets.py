@@ -1,0 +1,224 @@
+"""From what the user wrote as ``data=`` to a data YAML that is ready for training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from kd_yolo.config import Strict, validate
+from kd_yolo.data.datayaml import load_data_yaml
+from kd_yolo.data.layout import MARKER
+from kd_yolo.data.progress import stderr_progress
+from kd_yolo.errors import DataError, nearest
+from kd_yolo.files import write_json, write_text
+from kd_yolo.resources import builtin_names, find, load_yaml
+
+ROOT_VARIABLE = "KD_YOLO_DATA"
+SHARED_VARIABLE = "KD_YOLO_SHARED"
+
+
+class Raw(Strict):
+    """Where the published data may lie, and how to read it."""
+
+    format: Literal["voc", "masks", "deeppcb", "coco"]
+    folders: list[str] = Field(min_length=1, description="names under which the published folder is usually kept")
+    holds: list[str] = Field(min_length=1, description="paths of which one must exist inside, to be sure that it is it")
+    min_area: int = Field(default=10, ge=1, description="masks: smallest component, pixels")
+    group: str | None = Field(default=None, description="regular expression; images of one match stay in one split")
+
+
+class Builtin(Strict):
+    """A YAML file of ``cfg/datasets``."""
+
+    kd_yolo: Literal[1]
+    title: str
+    origin: str = Field(description="where the data comes from and on what terms")
+    names: dict[int, str]
+    raw: Raw | None = None
+    make: dict[str, int] | None = Field(default=None, description="arguments of the generator, for made data")
+    split: dict[str, str] | None = Field(default=None, description="fixed split: stems, compact")
+
+
+def data_root(root: Path | None = None) -> Path:
+    """Return the folder that converted data sets live in: ``root``, else $KD_YOLO_DATA, else ./datasets."""
+    chosen = root or Path(os.environ.get(ROOT_VARIABLE) or "datasets")
+    return chosen.expanduser().absolute()
+
+
+def resolve_dataset(data: str, root: Path | None = None) -> Path:
+    """Return the absolute path of a data YAML that Ultralytics can train on.
+
+    A user's YAML is checked strictly and returned as it is when nothing in it depends on the working folder; otherwise
+    a resolved copy is written to ``<root>/.kd-yolo/`` and returned. A built-in name stands for the converted folder
+    ``<root>/<name>``; when that is missing but the published raw folder is found, it is converted once (progress on
+    stderr) and reused from then on. ``steel-synth`` is made on first use.
+
+    Args:
+        data: A YAML file, a folder with a ``data.yaml``, or a built-in name with or without ``.yaml``.
+        root: Folder of converted data sets; see ``data_root``.
+
+    Raises:
+        DataError: Nothing was found, or the data is malformed; one line with the places and the remedy.
+        ConfigError: The YAML file is empty, not YAML, or a key is missing or of the wrong type.
+        OutputError: The data root cannot be written to.
+    """
+    place = data_root(root)
+    given = Path(data).expanduser()
+    if given.suffix in {".yaml", ".yml"} and given.is_file():
+        if load_yaml(given).get("kd_yolo") is not None:
+            return _resolve_builtin(given.stem, given, place)
+        return _resolve_user(given.absolute(), place)
+    stem = given.stem if given.suffix in {".yaml", ".yml"} else given.name
+    if str(given.parent) == "." and stem in builtin_names("datasets"):
+        return _resolve_builtin(stem, find("datasets", stem), place)
+    if given.is_dir():
+        for name in ("data.yaml", "data.yml", "dataset.yaml"):
+            if (given / name).is_file():
+                return _resolve_user((given / name).absolute(), place)
+        raise DataError(
+            f"data={data}: this folder holds no data.yaml; if it is raw data, convert it with: "
+            f"kd-yolo data convert from=voc src={data} out=datasets/{given.name.lower()}"
+        )
+    known = builtin_names("datasets")
+    raise DataError(
+        f"data={data}: not found (looked for the file {given.absolute()} and a built-in of that name; "
+        f"built-in: {', '.join(known)}){nearest(stem, known)}"
+    )
+
+
+def describe_datasets() -> dict[str, str]:
+    """Return the built-in data sets: name to title."""
+    return {name: load_builtin(find("datasets", name)).title for name in builtin_names("datasets")}
+
+
+def load_builtin(file: Path) -> Builtin:
+    """Read a YAML of ``cfg/datasets``.
+
+    Raises:
+        ConfigError: A key is unknown, missing or of the wrong type.
+    """
+    return validate(Builtin, load_yaml(file), str(file))
+
+
+def _resolve_user(file: Path, root: Path) -> Path:
+    found = load_data_yaml(file, (root,))
+    if found.ready:
+        return file
+    text = yaml.safe_dump(found.content(), sort_keys=False, allow_unicode=True)
+    digest = hashlib.sha256(f"{file}\n{text}".encode()).hexdigest()[:10]
+    copy = root / ".kd-yolo" / f"{file.stem}-{digest}.yaml"
+    if not copy.is_file():
+        write_text(copy, f"# Resolved copy of {file}\n{text}")
+    return copy
+
+
+def _resolve_builtin(name: str, file: Path, root: Path) -> Path:
+    spec = load_builtin(file)
+    home = root / name
+    if spec.make is not None:
+        return _resolve_made(home, spec.make)
+    if spec.raw is None:
+        raise DataError(f"{file}: neither 'raw' nor 'make' is given; one is needed")
+    raw = _find_raw(spec.raw, root)
+    done = _conversion(home)
+    if done is not None and (raw is None or _is_current(done, spec.raw, raw)):
+        return _at_home(home)
+    if raw is None:
+        looked = ", ".join(str(place) for place in (home, *_candidates(spec.raw, root)))
+        raise DataError(
+            f"data={name}: {spec.title} is not there (looked for {looked}); with the published data at hand run: "
+            f"kd-yolo data convert from={spec.raw.format} src=FOLDER out={_short(home)}"
+        )
+    return _convert_once(name, spec, raw, home)
+
+
+def _short(home: Path) -> str:
+    """Return a path as the user would type it."""
+    here = Path.cwd()
+    return str(home.relative_to(here)) if home.is_relative_to(here) else str(home)
+
+
+def _candidates(raw: Raw, root: Path) -> list[Path]:
+    bases = [root, Path.cwd()]
+    if os.environ.get(SHARED_VARIABLE):
+        bases.append(Path(os.environ[SHARED_VARIABLE]).expanduser().absolute() / "datasets")
+    return list(dict.fromkeys(base / folder for base in bases for folder in raw.folders))
+
+
+def _find_raw(raw: Raw, root: Path) -> Path | None:
+    for place in _candidates(raw, root):
+        if place.is_dir() and any((place / inside).exists() for inside in raw.holds):
+            return place
+    return None
+
+
+def _conversion(home: Path) -> dict[str, Any] | None:
+    """Return the record of an earlier conversion, or None when there is none that can be used."""
+    try:
+        record = json.loads((home / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and (home / "data.yaml").is_file() else None
+
+
+def _is_current(done: dict[str, Any], raw: Raw, source: Path) -> bool:
+    """Tell whether a conversion still stands: one that the user made by hand always does."""
+    mark = done.get("resolved_from")
+    return mark is None or mark == _fingerprint(raw, source)
+
+
+def _fingerprint(raw: Raw, source: Path) -> str:
+    """Return a digest of the raw files' names and sizes, the reader's settings and the converter's version."""
+    from kd_yolo.data.convert import VERSION
+
+    digest = hashlib.sha256(f"{VERSION}\n{raw.model_dump_json()}\n".encode())
+    files = ((path.relative_to(source).as_posix(), path.stat().st_size) for path in source.rglob("*") if path.is_file())
+    for name, size in sorted(files):
+        digest.update(f"{name}\t{size}\n".encode())
+    return digest.hexdigest()
+
+
+def _at_home(home: Path) -> Path:
+    """Return the folder's data.yaml, its ``path`` corrected when the folder was moved."""
+    file = home / "data.yaml"
+    content = load_yaml(file)
+    if content.get("path") != str(home):
+        content["path"] = str(home)
+        write_text(file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    load_data_yaml(file)
+    return file
+
+
+def _convert_once(name: str, spec: Builtin, raw: Path, home: Path) -> Path:
+    from kd_yolo.data.convert import SplitSpec, convert
+
+    settings = spec.raw
+    assert settings is not None  # for the type checker: the caller looked
+    mark = _fingerprint(settings, raw)
+    report = convert(
+        settings.format,
+        raw,
+        home,
+        split=SplitSpec(group=settings.group, fixed=spec.split),
+        names=[spec.names[i] for i in range(len(spec.names))],
+        min_area=settings.min_area,
+        progress=stderr_progress(f"{name}: converting {raw} once, to {home}"),
+    )
+    write_json(home / MARKER, {**report.to_dict(), "resolved_from": mark})
+    return _at_home(home)
+
+
+def _resolve_made(home: Path, arguments: dict[str, int]) -> Path:
+    from kd_yolo.data.synthetic import VERSION, make_steel_synth
+
+    done = _conversion(home)
+    if done is not None and done.get("version") == VERSION and done.get("arguments") == arguments:
+        return _at_home(home)
+    progress = stderr_progress(f"steel-synth: making images in {home}")
+    return make_steel_synth(home, **arguments, progress=progress)

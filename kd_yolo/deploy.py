@@ -1,0 +1,297 @@
+"""Turn a trained checkpoint into the file that is shipped: merged, stock classes only, proven equal, with provenance."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import io
+import pickletools
+import platform
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import ultralytics
+from torch import Tensor
+from ultralytics.nn.tasks import DetectionModel
+
+import kd_yolo
+from kd_yolo.checkpoints import load_model
+from kd_yolo.errors import ConfigError, ReparamError
+from kd_yolo.files import sha256, write_json, written_aside
+from kd_yolo.images import textured_images, to_canvas
+from kd_yolo.inference import (
+    check_canvas,
+    count_convolutions,
+    count_parameters,
+    deployed_form,
+    max_stride,
+    raw_outputs,
+    use_head,
+)
+from kd_yolo.nn.surgery import MergeReport
+from kd_yolo.resources import load_yaml
+
+# Bounds on a deployed file against the training form, both run in float64, so that what is measured is what the file
+# stores. Storing merged kernels in float32 costs about 1e-6 of the canvas; running any model in float32 costs up to
+# 4e-6 by itself; the smallest mistake in a merge costs more than 1e-3.
+BOX_TOLERANCE = 1e-5  # of the longer side of the canvas
+SCORE_TOLERANCE = 1e-5
+CHECK_IMAGES = 4
+LARGEST_CHECK_CANVAS = 320
+# Training state that a shipped file has no use for; the keys stay, as Ultralytics' strip_optimizer leaves them.
+TRAINING_STATE = ("best_fitness", "ema", "updates", "optimizer", "scaler", "stopper")
+
+
+@dataclass(frozen=True)
+class DeployReport:
+    """What was written and how it was proven.
+
+    Attributes:
+        path: The deployed checkpoint.
+        provenance: The JSON file beside it.
+        source: The trained checkpoint.
+        source_sha256: Its hash.
+        sha256: Hash of the deployed checkpoint.
+        head: ``nms`` or ``nms-free``: which branch was kept.
+        merge: The merge and its error in float64, whole network and worst block.
+        box_error_px: Largest difference of any raw box, deployed file against training form, both run in float64.
+        score_error: The same for any class score.
+        box_tolerance_px: Bound on ``box_error_px``.
+        score_tolerance: Bound on ``score_error``.
+        check_canvas: Height and width in pixels at which these were measured.
+        check_images: Number of images they were measured on.
+        params_trained: Parameters of the training form, both head branches.
+        params: Parameters of the deployed file, BatchNorm included.
+        params_fused: Parameters that run, after Ultralytics folds each BatchNorm while loading.
+        convolutions_trained: Convolutions of the training form.
+        convolutions: Convolutions of the deployed file.
+        names: Class names.
+        recipe: The distillation recipe of the run, or None.
+        versions: Versions of what made the file.
+        created: Local time, ISO 8601.
+    """
+
+    path: Path
+    provenance: Path
+    source: Path
+    source_sha256: str
+    sha256: str
+    head: str
+    merge: MergeReport
+    box_error_px: float
+    score_error: float
+    box_tolerance_px: float
+    score_tolerance: float
+    check_canvas: tuple[int, int]
+    check_images: int
+    params_trained: int
+    params: int
+    params_fused: int
+    convolutions_trained: int
+    convolutions: int
+    names: dict[int, str]
+    recipe: dict[str, Any] | None
+    versions: dict[str, str]
+    created: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self) | {key: str(getattr(self, key)) for key in ("path", "provenance", "source")}
+
+    def to_markdown(self) -> str:
+        """Return a short table."""
+        height, width = self.check_canvas
+        rows = [
+            ("file", str(self.path)),
+            ("head", self.head),
+            ("parameters", f"{self.params_trained:,} trained, {self.params_fused:,} deployed"),
+            ("convolutions", f"{self.convolutions_trained} trained, {self.convolutions} deployed"),
+            ("merged blocks", str(self.merge.blocks)),
+            ("merge error", f"{self.merge.relative_error:.1e} relative, float64"),
+            (
+                "file against training form",
+                f"{self.box_error_px:.1e} px, {self.score_error:.1e} score "
+                f"({self.check_images} images at {height}x{width})",
+            ),
+        ]
+        return "\n".join(["| deployed | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+
+
+def deploy(
+    model_path: str | Path, out: str | Path | None = None, nms: bool = True, trust: bool = False
+) -> DeployReport:
+    """Write the deployed form of a trained checkpoint and prove that it computes the same.
+
+    The file is a normal Ultralytics checkpoint: ``YOLO(path)`` loads, predicts, validates and exports it in an
+    environment without kd_yolo, also under restricted loading. It is stored in float32, because half precision would
+    move boxes by up to a pixel. BatchNorm is kept, so that the merged network can still be trained or quantized.
+
+    Args:
+        model_path: A checkpoint that Ultralytics or kd_yolo trained, re-parameterized or not.
+        out: Where to write; default ``<stem>-deploy.pt`` beside the checkpoint. A JSON file of the same stem holds the
+            provenance.
+        nms: Keep the one-to-many head branch, whose output needs NMS; otherwise the NMS-free one-to-one branch. The other
+            branch is removed.
+        trust: Load foreign classes from the checkpoint, which runs code in it.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be loaded.
+        ConfigError: ``out`` is not usable, or the model lacks the wanted head branch.
+        ReparamError: The result does not compute what the training form computes; nothing is left on disk.
+        OutputError: The files cannot be written.
+    """
+    source, checkpoint = load_model(model_path, trust=trust)
+    path = Path(model_path).expanduser().absolute()
+    target = _target(path, out)
+    use_head(source, nms, str(path))
+    deployed, merged = deployed_form(source, nms, str(path))
+    recipe = _recipe(path, checkpoint)
+    source_hash = sha256(path)
+    canvas = _check_canvas(source)
+    images = to_canvas(textured_images(CHECK_IMAGES), canvas, int(source.yaml.get("channels", 3)))
+    content = serialize(deployed, checkpoint, {"source_sha256": source_hash, "head": _head_name(nms)})
+    with written_aside(target) as aside, written_aside(target.with_suffix(".json")) as json_aside:
+        aside.write_bytes(content)
+        box_error, score_error = _verify(aside, source, images)
+        report = DeployReport(
+            path=target,
+            provenance=target.with_suffix(".json"),
+            source=path,
+            source_sha256=source_hash,
+            sha256=sha256(aside),
+            head=_head_name(nms),
+            merge=merged,
+            box_error_px=box_error,
+            score_error=score_error,
+            box_tolerance_px=BOX_TOLERANCE * max(canvas),
+            score_tolerance=SCORE_TOLERANCE,
+            check_canvas=canvas,
+            check_images=CHECK_IMAGES,
+            params_trained=count_parameters(source),
+            params=count_parameters(deployed),
+            params_fused=count_parameters(copy.deepcopy(deployed).fuse(verbose=False)),
+            convolutions_trained=count_convolutions(source),
+            convolutions=count_convolutions(deployed),
+            names={int(key): str(value) for key, value in deployed.names.items()},
+            recipe=recipe,
+            versions=versions(),
+            created=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        )
+        write_json(json_aside, report.to_dict())
+    return report
+
+
+def serialize(deployed: DetectionModel, checkpoint: dict[str, Any], provenance: dict[str, Any]) -> bytes:
+    """Return an Ultralytics checkpoint of a deployed model as bytes.
+
+    Args:
+        deployed: Result of ``deployed_form``.
+        checkpoint: What the training checkpoint holds; its metrics and training arguments are kept.
+        provenance: Plain data for the key ``kd_yolo``.
+    """
+    model = copy.deepcopy(deployed)
+    # The recipe's path is of no use on another machine, and Ultralytics would look for a teacher there.
+    model.args = {**deployed.args, "distill_model": None}
+    model.pt_path = None
+    content = {
+        "date": datetime.datetime.now().astimezone().isoformat(),
+        "version": ultralytics.__version__,
+        "license": "AGPL-3.0 License (https://ultralytics.com/license)",
+        "docs": "https://docs.ultralytics.com",
+        "epoch": -1,
+        **dict.fromkeys(TRAINING_STATE),
+        "model": model,
+        "train_args": model.args,
+        "train_metrics": checkpoint.get("train_metrics"),
+        "names": model.names,
+        "kd_yolo": {"version": kd_yolo.__version__, **provenance},
+    }
+    buffer = io.BytesIO()  # torch.save to a file reports a full disk in its own words; writing bytes is an OSError
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes a detector."""
+    return {
+        "kd_yolo": kd_yolo.__version__,
+        "ultralytics": ultralytics.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def foreign_to_stock(path: Path) -> list[str]:
+    """Return the classes and functions that a checkpoint refers to beyond Ultralytics, PyTorch and Python's own."""
+    allowed = ("ultralytics", "torch", "collections", "builtins", "__builtin__", "pathlib")
+    with zipfile.ZipFile(path) as archive:
+        pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+    names = {
+        str(argument).replace(" ", ".")
+        for content in pickles
+        for opcode, argument, _ in pickletools.genops(content)
+        if opcode.name == "GLOBAL"
+    }
+    return sorted(name for name in names if name.split(".")[0] not in allowed)
+
+
+def _target(source: Path, out: str | Path | None) -> Path:
+    if out is None:
+        return source.with_name(f"{source.stem}-deploy.pt")
+    target = Path(out).expanduser().absolute()
+    if target.suffix != ".pt":
+        raise ConfigError(f"out={out}: a deployed checkpoint ends in .pt; for other formats use export")
+    if target.resolve() == source.resolve():
+        raise ConfigError(f"out={out}: is the trained checkpoint itself; choose another name")
+    return target
+
+
+def _check_canvas(model: DetectionModel) -> tuple[int, int]:
+    """Return the canvas of the run, limited in size because the check runs in float64."""
+    stride = max_stride(model)
+    imgsz = model.args.get("imgsz")
+    side = min(imgsz if isinstance(imgsz, int) and imgsz > 0 else LARGEST_CHECK_CANVAS, LARGEST_CHECK_CANVAS)
+    return check_canvas(-(-side // stride) * stride, stride)
+
+
+def _verify(path: Path, source: DetectionModel, images: Tensor) -> tuple[float, float]:
+    """Load a written checkpoint under restrictions and compare it with the training form.
+
+    Returns:
+        Largest difference of boxes in pixels and of scores.
+
+    Raises:
+        ReparamError: It differs, or refers to classes that a stock installation lacks.
+    """
+    foreign = foreign_to_stock(path)
+    if foreign:
+        raise ReparamError(f"the deployed model still refers to {', '.join(foreign)}; nothing was written")
+    loaded, _ = load_model(path)
+    expected = raw_outputs(copy.deepcopy(source).double(), images.double())
+    box_error, score_error = expected.difference(raw_outputs(loaded.double(), images.double()))
+    limit = BOX_TOLERANCE * max(images.shape[-2:])
+    if not (box_error <= limit and score_error <= SCORE_TOLERANCE):  # also true for NaN
+        raise ReparamError(
+            f"the deployed model differs from the trained one by {box_error:.3g} px (bound {limit:.3g}) and "
+            f"{score_error:.3g} in score (bound {SCORE_TOLERANCE:g}); nothing was written"
+        )
+    return box_error, score_error
+
+
+def _recipe(path: Path, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the recipe of the run that a checkpoint belongs to: in the run folder, or where the run recorded it."""
+    run = path.parent.parent if path.parent.name == "weights" else path.parent
+    recorded = (checkpoint.get("train_args") or {}).get("distill_model")
+    for candidate in (run / "recipe.yaml", Path(str(recorded)) if recorded else None):
+        if candidate is not None and candidate.suffix in {".yaml", ".yml"} and candidate.is_file():
+            content = load_yaml(candidate)
+            if "kd_yolo" in content:
+                return content
+    return None
+
+
+def _head_name(nms: bool) -> str:
+    return "nms" if nms else "nms-free"

@@ -1,0 +1,50 @@
+"""From a recipe to a wrapped model: load the teacher, match it to the student, build the method, log what was matched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from ultralytics.utils import LOGGER
+
+from kd_yolo.config import Recipe
+from kd_yolo.distill.base import build_method
+from kd_yolo.distill.model import KDModel
+from kd_yolo.distill.taps import common_strides, describe
+from kd_yolo.distill.teacher import load_teacher, map_classes, prepare_teacher
+from kd_yolo.errors import TeacherError
+from kd_yolo.files import sha256
+
+
+def wrap_student(student: nn.Module, recipe: Recipe, names: Mapping[int, str], seed: int = 0) -> KDModel:
+    """Put a student beside its recipe's teacher.
+
+    The global random streams are left as they were, so that a recipe whose weights are all zero repeats plain training.
+
+    Args:
+        student: The detector to train, on its device.
+        recipe: What to distil and how.
+        names: The data set's class names.
+        seed: Seed of the method's adapters.
+
+    Raises:
+        CheckpointError: The teacher file is missing, truncated, foreign or of another task.
+        TeacherError: It changed since the run began, shares no class or no level with the student.
+    """
+    path = Path(recipe.teacher)
+    with torch.random.fork_rng(devices=[]):
+        model, _ = load_teacher(path, trust=recipe.trust)
+        if sha256(path) != recipe.teacher_sha256:
+            raise TeacherError(f"{path}: changed since this run began; restore it or start a new run")
+        class_map = map_classes(names, model.names)
+        teacher = prepare_teacher(model, class_map)
+        strides = common_strides(student, teacher)
+        method = build_method(
+            recipe.method, recipe.args, describe(student, strides), describe(teacher, strides), seed=seed
+        )
+        known = None if not class_map.missing else torch.tensor([i >= 0 for i in class_map.index])
+        wrapped = KDModel(teacher, student, method, class_known=known, balance=recipe.balance)
+    LOGGER.info(f"KD: method {recipe.method}, teacher {path}; {class_map.describe()}; levels at strides {strides}")
+    return wrapped

@@ -1,0 +1,217 @@
+"""One training command, one straight line: plan the phases, run each, resume at any point, finish with artifacts.
+
+A run folder holds ``run.yaml`` (everything the user asked for), one folder a phase (``teacher``, ``student``,
+``student-2``, ...), each laid out as Ultralytics does, and at the end ``weights/best.pt`` and ``results.csv`` of the
+final student where every Ultralytics user looks for them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ultralytics.utils import LOGGER
+
+from kd_yolo.config import TrainConfig, read_recipe, validate
+from kd_yolo.data.datasets import resolve_dataset
+from kd_yolo.errors import ConfigError, KDYoloError
+from kd_yolo.files import check_writable, write_json, write_text, written_aside
+from kd_yolo.resources import load_yaml
+from kd_yolo.tasks.phases import PhaseResult, PhaseSpec, run_phase
+from kd_yolo.tasks.preflight import check_teacher, check_training_inputs, resolve_method, resolve_student
+
+RUN_FILE = "run.yaml"
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a training run leaves.
+
+    Attributes:
+        run_dir: The run folder.
+        best: Checkpoint of the final student, training form.
+        phases: Results by phase, in the order they ran.
+        artifacts: Deployed and exported files by kind.
+        benchmark: Rows of the closing benchmark, if one ran.
+    """
+
+    run_dir: Path
+    best: Path
+    phases: list[PhaseResult]
+    artifacts: dict[str, str] = field(default_factory=dict)
+    benchmark: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "run_dir": str(self.run_dir),
+            "best": str(self.best),
+            "phases": [asdict(phase) for phase in self.phases],
+            "artifacts": self.artifacts,
+            "benchmark": self.benchmark,
+        }
+
+
+def train(config: TrainConfig, stock: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]) -> TrainReport:
+    """Run or resume a training command.
+
+    Args:
+        config: Our keys.
+        stock: Stock training arguments.
+        groups: Dotted keys: ``kd`` (method arguments) and ``schedule``.
+
+    Raises:
+        KDYoloError: Anything wrong with the input, before anything is trained.
+    """
+    run_dir, plan = _resumed(config, stock) if config.resume is not False else _started(config, stock, groups)
+    phases = _run_phases(run_dir, plan)
+    final = phases[-1]
+    _publish(run_dir, final)
+    report = TrainReport(run_dir, run_dir / "weights" / "best.pt", phases)
+    return _finish(report, plan)
+
+
+def _started(
+    config: TrainConfig, stock: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]
+) -> tuple[Path, dict[str, Any]]:
+    """Check every input, create the run folder and write the plan."""
+    method = resolve_method(config, groups)
+    data = resolve_dataset(config.data)
+    student = resolve_student(config)
+    checked = check_training_inputs(config, stock, data, student)
+    if config.teacher not in {"self", "none"}:
+        check_teacher(config, data, checked["imgsz"], student)
+    run_dir = _new_run_dir(stock)
+    stock_arguments = {k: v for k, v in stock.items() if k not in {"project", "name", "exist_ok"}}
+    plan = {
+        "kd_yolo_run": 1,
+        "config": {**config.model_dump(), "data": str(data), "resume": False},
+        "stock": {**stock_arguments, "imgsz": checked["imgsz"]},
+        "method": method,
+    }
+    write_text(run_dir / RUN_FILE, yaml.safe_dump(plan, sort_keys=False))
+    return run_dir, plan
+
+
+def _resumed(config: TrainConfig, stock: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    run_dir = find_run(config.resume, stock)
+    plan = load_yaml(run_dir / RUN_FILE)
+    if plan.get("kd_yolo_run") != 1:
+        raise ConfigError(f"{run_dir / RUN_FILE}: not a kd-yolo run; give resume=FOLDER of one")
+    validate(TrainConfig, plan["config"], where=str(run_dir / RUN_FILE))
+    LOGGER.info(f"Resuming {run_dir}")
+    return run_dir, plan
+
+
+def find_run(resume: bool | str, stock: Mapping[str, Any]) -> Path:
+    """Return the run folder that ``resume`` means: a folder, a checkpoint inside one, or the latest unfinished run.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if isinstance(resume, str):
+        path = Path(resume).expanduser().resolve()
+        for folder in (path, *path.parents[:3]):
+            if (folder / RUN_FILE).is_file():
+                return folder
+        raise ConfigError(f"resume={resume}: no {RUN_FILE} there; give the folder of a run that kd-yolo train started")
+    project = Path(str(stock.get("project") or "runs/detect")).expanduser().resolve()
+    named = [project / str(stock["name"])] if stock.get("name") else sorted(project.glob("*"), key=_modified)
+    for folder in reversed(named):
+        if (folder / RUN_FILE).is_file() and not (folder / "report.json").is_file():
+            return folder
+    raise ConfigError(f"resume=true: no unfinished run in {project}; give resume=FOLDER or project=FOLDER")
+
+
+def _modified(folder: Path) -> float:
+    run_file = folder / RUN_FILE
+    return run_file.stat().st_mtime if run_file.is_file() else 0.0
+
+
+def _new_run_dir(stock: Mapping[str, Any]) -> Path:
+    project = Path(str(stock.get("project") or "runs/detect")).expanduser().resolve()
+    name = str(stock.get("name") or "train")
+    run_dir = project / name
+    if stock.get("exist_ok"):
+        if (run_dir / RUN_FILE).is_file():
+            for phase in run_dir.glob("*/phase.json"):  # exist_ok means: overwrite this run
+                shutil.rmtree(phase.parent)
+            (run_dir / "report.json").unlink(missing_ok=True)
+    else:
+        number = 2
+        while run_dir.exists():
+            run_dir = project / f"{name}{number}"
+            number += 1
+    check_writable(run_dir)
+    return run_dir
+
+
+def _run_phases(run_dir: Path, plan: Mapping[str, Any]) -> list[PhaseResult]:
+    config = TrainConfig.model_validate(plan["config"])
+    student = resolve_student(config)
+    results: list[PhaseResult] = []
+    teacher: Path | None = None
+    if config.teacher == "self" and plan["method"]["name"] != "none":
+        spec = PhaseSpec("teacher", resolve_student(config, teacher=True), config.teacher_epochs, None)
+        results.append(run_phase(run_dir, spec, plan))
+        teacher = run_dir / "teacher" / "weights" / "best.pt"
+        check_teacher(config, Path(config.data), plan["stock"]["imgsz"], student, teacher, results[-1].metrics)
+    elif config.teacher not in {"self", "none"}:
+        teacher = Path(config.teacher).expanduser().resolve()
+    best: PhaseResult | None = None
+    for generation in range(1, config.generations + 1):
+        name = "student" if generation == 1 else f"student-{generation}"
+        spec = PhaseSpec(name, student, None, teacher)
+        result = run_phase(run_dir, spec, plan)
+        results.append(result)
+        if best is not None and result.fitness <= best.fitness:
+            LOGGER.info(f"{name} did not improve on {best.name} ({result.fitness:.4f} <= {best.fitness:.4f}); stopping")
+            break
+        best = result
+        teacher = run_dir / name / "weights" / "best.pt"
+    assert best is not None
+    if results[-1] is not best:
+        results.append(results.pop(results.index(best)))  # the last one is the one that is kept
+    return results
+
+
+def _publish(run_dir: Path, final: PhaseResult) -> None:
+    """Copy the final student's files to where an Ultralytics run has them."""
+    source = run_dir / final.name
+    for relative in ("weights/best.pt", "weights/last.pt", "results.csv", "results.png"):
+        if (source / relative).is_file():
+            with written_aside(run_dir / relative) as aside:
+                shutil.copyfile(source / relative, aside)
+    recipe = run_dir / f"{final.name}.recipe.yaml"
+    if recipe.is_file() and read_recipe(recipe) is not None:
+        with written_aside(run_dir / "recipe.yaml") as aside:
+            shutil.copyfile(recipe, aside)
+
+
+def _finish(report: TrainReport, plan: Mapping[str, Any]) -> TrainReport:
+    """Deploy, export and time the final student; a failure here never loses the training."""
+    from kd_yolo.deploy import deploy
+
+    config = TrainConfig.model_validate(plan["config"])
+    deployed = deploy(report.best)
+    report.artifacts["deployed"] = str(deployed.path)
+    imgsz = int(plan["stock"]["imgsz"])
+    try:
+        if config.export == "onnx":
+            from kd_yolo.export import export
+
+            report.artifacts["onnx"] = str(export(report.best, format="onnx", imgsz=imgsz, data=config.data).path)
+        if config.benchmark:
+            from kd_yolo.bench import benchmark
+
+            rows = benchmark(list(report.artifacts.values()), imgsz=imgsz, data=config.data, out=report.run_dir / "benchmark")
+            LOGGER.info("\n" + rows.to_markdown())
+            report = TrainReport(report.run_dir, report.best, report.phases, report.artifacts, rows.to_dict())
+    except KDYoloError as error:
+        LOGGER.warning(f"training is complete ({report.best}), but: {error}")
+    write_json(report.run_dir / "report.json", report.to_dict())
+    return report
