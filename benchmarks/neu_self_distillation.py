@@ -11,6 +11,9 @@ Rows, for ``epochs=E``:
     control      lightnet-s, labels only, 2 E epochs
     yolo26n      stock yolo26n fine-tuned from ``weights``, 2 E epochs
     surgery      yolo26n + reparam=qarep from the same weights, 2 E epochs
+
+Mosaic is off in the last E/4 epochs of every run; all else is Ultralytics' default (``optimizer=auto``).
+``only=yolo26n,surgery`` runs a part of the rows.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ def main() -> None:
     values |= parse_pairs(sys.argv[1:])
     out = Path(str(values["out"])).resolve()
     seeds = [int(s) for s in str(values["seeds"]).strip("[]").split(",")]
-    jobs = [job for seed in seeds for job in plan(values, seed)]
+    only = str(values.get("only", "")).split(",")
+    jobs = [job for seed in seeds for job in plan(values, seed) if only == [""] or job.name.split("-")[0] in only]
     with ThreadPoolExecutor(int(values["jobs"])) as pool:
         list(pool.map(lambda job: run(job, values, out), jobs))
     write_table(values, seeds, out)
@@ -56,7 +60,7 @@ def main() -> None:
 def plan(values: dict[str, Any], seed: int) -> list[Job]:
     """Return one seed's jobs."""
     epochs, weights = int(values["epochs"]), str(Path(str(values["weights"])).resolve())
-    common = {"data": values["data"], "imgsz": values["imgsz"], "batch": values["batch"], "seed": seed, "cache": "ram"}
+    common = {"data": values["data"], "imgsz": values["imgsz"], "batch": values["batch"], "seed": seed, "cache": "ram", "close_mosaic": epochs // 4}
     common |= {"plots": False, "export": "none", "benchmark": False, "device": "cpu"}
     light = {"model": "lightnet-s", "pretrained": weights}
     both = {"teacher": "teacher/weights/best.pt", "student": "student/weights/best.pt"}

@@ -193,7 +193,7 @@ def _items(samples: Sequence[Sample], src: Path) -> list[Item]:
         relative = sample.image.relative_to(src).with_suffix("")
         key = stem if stems[stem.lower()] == 1 else "_".join(relative.parts)
         labels = frozenset(box.name for box in sample.boxes)
-        items.append(Item(key, stem, labels, sha256(sample.image), sample.split))
+        items.append(Item(key, stem, labels, sha256(sample.image), sample.split, sample.image))
     twice = [key for key, count in Counter(item.key.lower() for item in items).items() if count > 1]
     if twice:
         raise DataError(f"{src}: two images would both be called '{twice[0]}'; rename one of them")

@@ -15,9 +15,12 @@ from kd_yolo.config import Strict, validate
 from kd_yolo.data.datayaml import load_data_yaml
 from kd_yolo.data.layout import MARKER
 from kd_yolo.data.progress import stderr_progress
+from kd_yolo.data.validate import validate_for_training
 from kd_yolo.errors import DataError, nearest
 from kd_yolo.files import write_json, write_text
 from kd_yolo.resources import builtin_names, find, load_yaml
+
+__all__ = ["data_root", "describe_datasets", "load_builtin", "resolve_dataset", "validate_for_training"]
 
 ROOT_VARIABLE = "KD_YOLO_DATA"
 SHARED_VARIABLE = "KD_YOLO_SHARED"

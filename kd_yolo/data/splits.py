@@ -11,18 +11,21 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from kd_yolo.data.layout import SPLITS
+from kd_yolo.data.pixels import ImageFacts, examine, in_threads, similar_pairs
 from kd_yolo.data.samples import SPLIT_WORDS
 from kd_yolo.errors import ConfigError, DataError
 
 Method = Literal["auto", "published", "lists", "random", "kfold"]
 
 BACKGROUND = "(background)"
+SIMILAR_GROUP = "similar"
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class SplitSpec:
         val_share: Part of the remaining images that becomes val in a fold, and when a published split has no val.
         seed: Seed of every random choice.
         lists: Folder with train.txt, val.txt and test.txt: a file stem a line.
-        group: Regular expression; images whose stems give the same first group (else whole match) stay together.
+        group: Regular expression; images whose stems give the same first group (else whole match) stay together. Or
+            ``similar``: images that look alike stay together, for parts photographed several times under any name.
         fixed: Stems of some splits, written compactly (see ``expand_stems``); all others are train. Used by ``auto`` when
             every one of them is there.
     """
@@ -70,13 +74,14 @@ class SplitSpec:
 
 @dataclass(frozen=True)
 class Item:
-    """One image to be placed: unique key, file stem, classes it holds, content hash, published split."""
+    """One image to be placed: unique key, file stem, classes it holds, content hash, published split, image file."""
 
     key: str
     stem: str
     labels: frozenset[str]
     digest: str
     published: str | None = None
+    path: Path | None = None
 
 
 @dataclass
@@ -135,16 +140,16 @@ def assign(items: Sequence[Item], spec: SplitSpec) -> Assignment:
     return result
 
 
-def group_items(items: Sequence[Item], pattern: str | None) -> list[int]:
-    """Return a group number for each item; items that share content or a match of ``pattern`` share the number.
+def group_items(items: Sequence[Item], group: str | None) -> list[int]:
+    """Return a group number for each item; items that share content or a group share the number.
+
+    Args:
+        items: The images.
+        group: See ``SplitSpec.group``.
 
     Raises:
-        ConfigError: ``pattern`` is not a regular expression.
+        ConfigError: ``group`` is not a regular expression.
     """
-    try:
-        expression = re.compile(pattern) if pattern else None
-    except re.error as error:
-        raise ConfigError(f"group={pattern}: not a regular expression ({error})") from error
     parent = list(range(len(items)))
 
     def root(i: int) -> int:
@@ -155,12 +160,9 @@ def group_items(items: Sequence[Item], pattern: str | None) -> list[int]:
 
     first: dict[tuple[str, str], int] = {}
     for i, item in enumerate(items):
-        marks = [("bytes", item.digest)]
-        match = expression.search(item.stem) if expression else None
-        if match:
-            marks.append(("group", next((part for part in match.groups() if part is not None), match.group())))
-        for mark in marks:
-            parent[root(i)] = root(first.setdefault(mark, i))
+        parent[root(i)] = root(first.setdefault(("bytes", item.digest), i))
+    for i, j in _alike(items) if group == SIMILAR_GROUP else _matching(items, group):
+        parent[root(i)] = root(j)
     return [root(i) for i in range(len(items))]
 
 
@@ -224,6 +226,40 @@ def expand_stems(text: str) -> list[str]:
         head, brace, tail = token.partition("{")
         stems += [head + part.strip() for part in tail.rstrip("}").split(",")] if brace else [head]
     return stems
+
+
+def _matching(items: Sequence[Item], pattern: str | None) -> list[tuple[int, int]]:
+    """Return pairs of items whose stems give the same match."""
+    if not pattern:
+        return []
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"group={pattern}: not a regular expression ({error})") from error
+    first: dict[str, int] = {}
+    pairs = []
+    for i, item in enumerate(items):
+        match = expression.search(item.stem)
+        if match:
+            mark = next((part for part in match.groups() if part is not None), match.group())
+            pairs.append((i, first.setdefault(mark, i)))
+    return pairs
+
+
+def _alike(items: Sequence[Item]) -> list[tuple[int, int]]:
+    """Return pairs of items that look alike."""
+    rows = [i for i, item in enumerate(items) if item.path is not None]
+    looks = {i: facts.look for i, facts in _examined(items, rows)}
+    known = [i for i in rows if i in looks]
+    if not known:
+        return []
+    return [(known[a], known[b]) for a, b, _ in similar_pairs(np.stack([looks[i] for i in known]))]
+
+
+def _examined(items: Sequence[Item], rows: list[int]) -> list[tuple[int, ImageFacts]]:
+    """Decode the images; those that cannot be decoded are no one's look-alike."""
+    results = in_threads(partial(examine), [path for i in rows if (path := items[i].path) is not None])
+    return [(i, facts) for i, (_, facts) in zip(rows, results, strict=True) if isinstance(facts, ImageFacts)]
 
 
 def _choose(items: Sequence[Item], groups: list[int], spec: SplitSpec) -> Assignment:

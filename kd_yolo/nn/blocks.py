@@ -28,6 +28,9 @@ class ConvBN(nn.Module):
         d: Dilation.
     """
 
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+
     def __init__(self, c1: int, c2: int, k: tuple[int, int], s: int = 1, g: int = 1, d: int = 1) -> None:
         super().__init__()
         self.conv = _conv(c1, c2, k, s, g, d)
@@ -50,7 +53,7 @@ class RepBlock(RepConv):
       CVPR 2023, section 3.2; Ding et al., "ACNet", ICCV 2019).
 
     It subclasses ``RepConv`` because the stock ``fuse()`` selects by class: a subclass of ``Conv`` would silently lose
-    its branches there. ``conv`` and ``bn`` are the dense branch, named as in the stock ``Conv``, so that stock code which
+    its branches there. ``conv`` and ``bn`` are the dense branch, named as in the stock ``Conv``, so that stock code that
     reads ``.conv.in_channels`` and stock state dictionaries fit; ``conv1`` is the 1x1 branch, whose presence tells the
     stock ``is_fused()`` that there is work left.
 
@@ -69,6 +72,8 @@ class RepBlock(RepConv):
         ModelError: ``form`` is unknown or ``branches`` is less than 1.
     """
 
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
     conv1: nn.Conv2d
     bn1: nn.BatchNorm2d | None
     bn0: nn.BatchNorm2d | None
@@ -198,10 +203,9 @@ class RepBlock(RepConv):
         self.conv.weight.copy_(reparam.pad_to(kernel, SIZE))
         _copy_bn(bn, self.bn)
         if self.bn_out is None:
-            for new in (self.bn1, self.bn0, *(branch.bn for branch in self.extra)):
-                if new is not None:
-                    nn.init.zeros_(new.weight)
-                    nn.init.zeros_(new.bias)
+            for new in self._branch_norms()[1:]:
+                nn.init.zeros_(new.weight)
+                nn.init.zeros_(new.bias)
             return
         nn.init.ones_(self.bn.weight)
         nn.init.zeros_(self.bn.bias)
@@ -235,13 +239,13 @@ class RepBlock(RepConv):
     def _merged_double(self) -> KernelBias:
         """Return the merged kernel and bias in float64."""
         if self.merged_already:
-            bias = self.conv.bias
-            return self.conv.weight.double(), bias.double()
+            assert self.conv.bias is not None  # fuse_convs() made it
+            return self.conv.weight.double(), self.conv.bias.double()
         parts = [reparam.fold_bn(self.conv.weight, None, self.bn)]
         pointwise = self.conv1.weight.double()
         zero = pointwise.new_zeros(self.c2)
         parts.append((pointwise, zero) if self.bn1 is None else reparam.fold_bn(pointwise, None, self.bn1))
-        parts += [reparam.fold_bn(branch.conv.weight, None, branch.bn) for branch in self.extra]
+        parts += [reparam.fold_bn(branch.conv.weight, None, branch.bn) for branch in self._extra_branches()]
         if self.skip or self.bn0 is not None:
             dirac = reparam.identity_kernel(self.c1, self.g, SIZE, device=pointwise.device)
             parts.append((dirac, zero) if self.bn0 is None else reparam.fold_bn(dirac, None, self.bn0))
@@ -252,10 +256,18 @@ class RepBlock(RepConv):
         """Return mean and variance (C') of the output before the activation, from the BatchNorms' own statistics."""
         if self.bn_out is not None:
             return reparam.bn_beta(self.bn_out), reparam.bn_variance(self.bn_out)
-        norms = [bn for bn in (self.bn, self.bn1, self.bn0, *(b.bn for b in self.extra)) if bn is not None]
+        norms = self._branch_norms()
         means = torch.stack([reparam.bn_beta(bn) for bn in norms])
         variances = torch.stack([reparam.bn_variance(bn) for bn in norms])
         return means.sum(0), variances.sum(0)
+
+    def _extra_branches(self) -> list[ConvBN]:
+        return [branch for branch in self.extra if isinstance(branch, ConvBN)]
+
+    def _branch_norms(self) -> list[nn.BatchNorm2d]:
+        """Return the BatchNorms of the parallel branches, the dense one first; without the outer one."""
+        norms = (self.bn, self.bn1, self.bn0, *(branch.bn for branch in self._extra_branches()))
+        return [bn for bn in norms if bn is not None]
 
 
 _EPS, _MOMENTUM = 1e-3, 0.03  # what ultralytics.utils.torch_utils.initialize_weights gives every BatchNorm

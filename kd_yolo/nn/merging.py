@@ -48,8 +48,8 @@ class MergeReport:
 def merge(model: DetectionModel, check: bool = True) -> tuple[DetectionModel, MergeReport]:
     """Return a copy of the model in which every ``RepBlock`` is one stock ``Conv``; the source stays untouched.
 
-    The copy is in eval mode, holds only stock classes, and its YAML lacks the ``kd_yolo`` key: it fuses, exports, trains
-    and loads where kd_yolo is not installed. Kernels are merged, and checked, in float64.
+    The copy is in eval mode, holds only stock classes, and its YAML lacks the ``kd_yolo`` key: it fuses, exports,
+    trains and loads where kd_yolo is not installed. Kernels are merged, and checked, in float64.
 
     Args:
         model: A detector with or without blocks, for example the EMA weights of a run.
@@ -66,7 +66,7 @@ def merge(model: DetectionModel, check: bool = True) -> tuple[DetectionModel, Me
     source = copy.deepcopy(model).cpu().double().eval()  # float64 does not exist on every device
     target = copy.deepcopy(source)
     blocks = rep_blocks(source)
-    for name, block in blocks.items():
+    for name, block in rep_blocks(target).items():  # of the target: activations shared in it must stay shared
         replace_module(target, name, block.to_conv())
     target.yaml = {key: value for key, value in target.yaml.items() if key != YAML_KEY}
     report = _measure(source, target, blocks) if check else _unmeasured(len(blocks))
@@ -101,7 +101,7 @@ def raw_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def random_images(model: DetectionModel, batch: int = 2, imgsz: int = 128) -> Tensor:
-    """Return seeded uniform images (batch, C, imgsz, imgsz) in [0, 1], float64, without touching the global generator."""
+    """Return uniform images (batch, C, imgsz, imgsz) in [0, 1], float64, always the same ones."""
     generator = torch.Generator().manual_seed(0)
     channels = int(model.yaml.get("channels", 3))
     return torch.rand(batch, channels, imgsz, imgsz, dtype=torch.float64, generator=generator)
@@ -117,10 +117,9 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     old = model.get_submodule(name)
     for attribute in _LAYER_ATTRIBUTES:
-        if hasattr(old, attribute):
+        if attribute in vars(old):  # not hasattr: every Module has a method named type
             setattr(new, attribute, getattr(old, attribute))
-    owner = model.get_submodule(parent)
-    owner.register_module(child, new) if child in dict(owner.named_children()) else setattr(owner, child, new)
+    setattr(model.get_submodule(parent), child, new)
 
 
 def _measure(source: DetectionModel, target: DetectionModel, blocks: dict[str, RepBlock]) -> MergeReport:

@@ -47,9 +47,10 @@ class ReparamPlan(BaseModel):
 def reparameterize(model: DetectionModel, form: str = "qarep") -> int:
     """Replace every plain 3x3 ``Conv`` of a stock detector, head included, by a ``RepBlock``, in place.
 
-    The network then computes in eval mode what it did before, and in train mode nearly so (see ``RepBlock.inherit``);
-    it has more freedom to train and merges back to its old size and graph. ``model.yaml["kd_yolo"]`` records the change,
-    so that ``build_model(model.yaml)`` rebuilds the same structure.
+    In eval mode the network then computes what it did before. In train mode ``repvgg`` and ``multi`` do too; ``qarep``
+    differs where a channel's batch variance comes near the BatchNorm's eps, because its outer BatchNorm normalises once
+    more (see ``RepBlock.inherit``). The network has more freedom to train and merges back to its old size and graph.
+    ``model.yaml["kd_yolo"]`` records the change, so that ``build_model(model.yaml)`` rebuilds the same structure.
 
     Args:
         model: An unfused stock detector.
@@ -72,7 +73,7 @@ def reparameterize(model: DetectionModel, form: str = "qarep") -> int:
     if not names:
         raise ModelError("this model has no unfused 3x3 Conv to re-parameterize; load the unfused training checkpoint")
     for name in names:
-        conv = model.get_submodule(name)
+        conv: Any = model.get_submodule(name)
         block = RepBlock.from_conv(conv, plan.reparam, plan.identity, plan.branches)
         block.inherit(conv.conv.weight, conv.bn)
         replace_module(model, name, block)
@@ -99,7 +100,7 @@ def apply_plan(model: DetectionModel, plan: ReparamPlan) -> int:
             f"{YAML_KEY}.reparam: {plan.reparam} asks for re-parameterization, but no 3x3 Conv is eligible"
         )
     for name in names:
-        conv = model.get_submodule(name)
+        conv: Any = model.get_submodule(name)
         replace_module(model, name, RepBlock.from_conv(conv, plan.reparam, plan.identity, plan.branches))
     _record(model, plan)
     return len(names)
@@ -124,13 +125,14 @@ def reparam_plan(model_yaml: dict[str, Any]) -> ReparamPlan | None:
         raise ModelError(_explain(error, content)) from error
 
 
-def eligible_convs(model: nn.Module, scope: str = "all") -> list[str]:
+def eligible_convs(model: DetectionModel, scope: str = "all") -> list[str]:
     """Return the names of the stock convolutions that a ``RepBlock`` can stand for.
 
     These are exactly ``Conv`` (no subclass, whose forward may differ), 3x3, padding 1, ungrouped, undilated, with their
     BatchNorm still there. ``scope='body'`` leaves out the last layer, the head.
     """
-    head = f"model.{len(model.model) - 1}."
+    layers: Any = model.model
+    head = f"model.{len(layers) - 1}."
     return [
         name
         for name, module in model.named_modules()
@@ -138,13 +140,13 @@ def eligible_convs(model: nn.Module, scope: str = "all") -> list[str]:
     ]
 
 
-def _eligible(module: nn.Module) -> bool:
+def _eligible(module: Any) -> bool:
     if type(module) is not Conv or type(module.conv) is not nn.Conv2d or not hasattr(module, "bn"):
         return False
     conv, bn = module.conv, module.bn
     shape = (conv.kernel_size, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     plain = shape == ((SIZE, SIZE), (1, 1), (1, 1), 1, "zeros") and conv.stride[0] == conv.stride[1]
-    return plain and conv.bias is None and bn.affine and bn.track_running_stats
+    return bool(plain and conv.bias is None and bn.affine and bn.track_running_stats)
 
 
 def _record(model: DetectionModel, plan: ReparamPlan) -> None:

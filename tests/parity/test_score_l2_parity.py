@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from kd_yolo.distill.base import build_method
-from kd_yolo.distill.methods.score_l2 import ScoreL2
-from kd_yolo.distill.taps import common_strides, describe, detect_head, student_taps, teacher_taps
 from torch import nn
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.tasks import DetectionModel
+
+from kd_yolo.distill.base import build_method
+from kd_yolo.distill.methods.score_l2 import ScoreL2
+from kd_yolo.distill.taps import common_strides, describe, detect_head, student_taps, teacher_taps
 
 PAIRS = [
     ("yolo26n.yaml", "yolo26n.yaml"),
@@ -29,7 +30,11 @@ def detector(name: str, seed: int) -> DetectionModel:
         torch.manual_seed(seed)
         model = DetectionModel(name, nc=3, verbose=False)
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if (
+                isinstance(module, nn.BatchNorm2d)
+                and module.running_mean is not None
+                and module.running_var is not None
+            ):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
         head = detect_head(model)

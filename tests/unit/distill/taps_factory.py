@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from kd_yolo.distill.base import DetectorSpec, DistillMethod, LevelSpec, Taps, build_method
 from torch import Tensor
+
+from kd_yolo.distill.base import DetectorSpec, DistillMethod, LevelSpec, Taps, build_method
 
 
 @dataclass(frozen=True)

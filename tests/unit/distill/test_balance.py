@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from kd_yolo.distill.balance import balance_factors, gradient_norm
 from kd_yolo.errors import ConfigError, DistillationError
-from torch import Tensor
 
 
 def a_graph(seed: int = 0) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
@@ -56,7 +57,7 @@ def test_balance_factors__keeps_the_graph_and_writes_no_gradient() -> None:
     neck, task, terms = a_graph()
     inputs = [x.grad_fn for x in neck]
     balance_factors(terms, task, neck, 0.3)
-    (task + sum(terms.values(), torch.zeros(()))).backward()
+    torch.autograd.backward(task + sum(terms.values(), torch.zeros(())))
     assert inputs == [x.grad_fn for x in neck]
     leaf = torch.zeros(1, 1, 2, 2, requires_grad=True)
     balance_factors({"kd": (2 * leaf).sum()}, (3 * leaf).sum(), [leaf], 0.3)

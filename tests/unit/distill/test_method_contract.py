@@ -7,11 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from kd_yolo.config import MethodFile, validate
-from kd_yolo.distill.base import build_method, list_methods, load_method, parse_args
-from kd_yolo.distill.schedule import Schedule
-from kd_yolo.errors import ConfigError, TeacherError
-from kd_yolo.resources import builtin_names, find, load_yaml
 from taps_factory import (
     Shape,
     foreground,
@@ -24,6 +19,12 @@ from taps_factory import (
     with_leaves,
 )
 from torch import Tensor
+
+from kd_yolo.config import MethodFile, validate
+from kd_yolo.distill.base import build_method, list_methods, load_method, parse_args
+from kd_yolo.distill.schedule import Schedule
+from kd_yolo.errors import ConfigError, TeacherError
+from kd_yolo.resources import builtin_names, find, load_yaml
 
 METHODS = list_methods()
 SHAPE = Shape()
@@ -62,7 +63,7 @@ def test_forward__named_finite_scalars_not_negative_with_gradient(name: str, pai
         assert value.dtype == torch.float32
         assert bool(torch.isfinite(value))
         assert value.item() >= 0
-    total(losses).backward()
+    torch.autograd.backward(total(losses))
     grads = [x.grad for x in leaves(student) if x.grad is not None]
     assert grads
     assert all(bool(torch.isfinite(g).all()) for g in grads)
@@ -97,13 +98,13 @@ def test_forward__zero_at_equality_when_declared(name: str, reg_max: int) -> Non
     student = map_leaves(random_taps(shape, 3, grad=True), lambda x: x)
     losses = make(name, shape)(student, teacher, foreground(shape))
     assert all(abs(float(value.detach())) < 1e-5 for value in losses.values())
-    total(losses).backward()
+    torch.autograd.backward(total(losses))
     assert all(float(x.grad.abs().max()) < 1e-6 for x in leaves(student) if x.grad is not None)
 
 
 def test_forward__no_gradient_to_the_teacher(name: str) -> None:
     student, teacher = random_taps(SHAPE, 0, grad=True), random_taps(SHAPE, 1, grad=True)
-    total(make(name, SHAPE)(student, teacher, foreground(SHAPE))).backward()
+    torch.autograd.backward(total(make(name, SHAPE)(student, teacher, foreground(SHAPE))))
     assert all(x.grad is None for x in leaves(teacher))
 
 
@@ -112,7 +113,7 @@ def test_forward__teacher_under_inference_mode(name: str) -> None:
     method = make(name, SHAPE)
     losses = method(student, inference_copy(teacher), foreground(SHAPE))
     assert torch.equal(total(losses), total(method(student, teacher, foreground(SHAPE))))
-    total(losses).backward()
+    torch.autograd.backward(total(losses))
 
 
 def test_forward__reads_nothing_of_the_teacher_that_it_does_not_name(name: str) -> None:
@@ -135,7 +136,7 @@ def test_forward__batch_without_boxes(name: str, batch: dict[str, Any]) -> None:
     student = random_taps(SHAPE, 0, grad=True)
     losses = make(name, SHAPE)(student, random_taps(SHAPE, 1), batch)
     assert bool(torch.isfinite(total(losses)))
-    total(losses).backward()
+    torch.autograd.backward(total(losses))
 
 
 @pytest.mark.parametrize("one2one", [True, False])
@@ -154,7 +155,7 @@ def test_forward__teacher_lacks_classes(name: str, one2one: bool) -> None:
         masked = replace(teacher, scores=scores, scores_one2one=poisoned(teacher.scores_one2one, value))
         values.append(total(method(student, masked, foreground(SHAPE))))
     assert values[0].item() == values[1].item() == values[2].item()
-    values[0].backward()
+    torch.autograd.backward(values[0])
     if student.scores.grad is not None:
         assert float(student.scores.grad[:, 1].abs().max()) == 0.0
         assert float(student.scores.grad[:, 0].abs().max()) > 0.0
@@ -166,11 +167,13 @@ def test_forward__half_precision_taps_under_autocast(name: str) -> None:
     teacher = map_leaves(random_taps(SHAPE, 1), lambda x: x.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         losses = method(student, teacher, foreground(SHAPE))
-    exact = method(map_leaves(student, lambda x: x.float()), map_leaves(teacher, lambda x: x.float()), foreground(SHAPE))
+    exact = method(
+        map_leaves(student, lambda x: x.float()), map_leaves(teacher, lambda x: x.float()), foreground(SHAPE)
+    )
     for term, value in losses.items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, exact[term], rtol=1e-6, atol=1e-7)
-    total(losses).backward()
+    torch.autograd.backward(total(losses))
     assert all(bool(torch.isfinite(x.grad).all()) for x in leaves(student) if x.grad is not None)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kd_yolo.config import validate
 from kd_yolo.distill.schedule import Schedule
 from kd_yolo.errors import ConfigError
