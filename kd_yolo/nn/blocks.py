@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from ultralytics.nn.modules import Conv, RepConv
@@ -53,8 +51,8 @@ class RepBlock(RepConv):
       CVPR 2023, section 3.2; Ding et al., "ACNet", ICCV 2019).
 
     It subclasses ``RepConv`` because the stock ``fuse()`` selects by class: a subclass of ``Conv`` would silently lose
-    its branches there. ``conv`` and ``bn`` are the dense branch, named as in the stock ``Conv``, so that stock code that
-    reads ``.conv.in_channels`` and stock state dictionaries fit; ``conv1`` is the 1x1 branch, whose presence tells the
+    its branches there. ``conv`` and ``bn`` are the dense branch, named as in the stock ``Conv``, so that stock code
+    that reads ``.conv.in_channels`` and stock state dictionaries fit; ``conv1`` is the 1x1 branch, whose presence tells the
     stock ``is_fused()`` that there is work left.
 
     Args:
@@ -289,7 +287,15 @@ def _copy_bn(source: nn.BatchNorm2d, target: nn.BatchNorm2d) -> None:
 
 
 def _set_bn(bn: nn.BatchNorm2d, mean: Tensor, variance: Tensor, gamma: Tensor | None, beta: Tensor) -> None:
-    """Set statistics and shift (C), and a scale that undoes the variance, times ``gamma`` when given."""
-    state: dict[str, Any] = {"running_mean": mean, "running_var": variance, "bias": beta}
-    state["weight"] = (variance + bn.eps).sqrt() * (1.0 if gamma is None else gamma)
-    bn.load_state_dict(state | {"num_batches_tracked": torch.zeros((), dtype=torch.long)})
+    """Set statistics and shift (C), and the scale sqrt(variance + eps), times ``gamma`` (C) when given.
+
+    The scale is rounded to the BatchNorm's dtype first and the variance fitted to it, so that scale / sqrt(variance + eps)
+    is ``gamma`` to the rounding of one number instead of two.
+    """
+    gamma = torch.ones_like(variance) if gamma is None else gamma
+    scale = ((variance + bn.eps).sqrt() * gamma).to(bn.weight.dtype)
+    fitted = (scale.double() / gamma) ** 2 - bn.eps
+    fitted = torch.where(torch.isfinite(fitted) & (fitted >= 0), fitted, variance)  # gamma 0, or variance far below eps
+    count = torch.zeros((), dtype=torch.long)
+    state = {"running_mean": mean, "running_var": fitted, "weight": scale, "bias": beta, "num_batches_tracked": count}
+    bn.load_state_dict(state)

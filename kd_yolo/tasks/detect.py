@@ -138,6 +138,11 @@ class KDTrainer(DetectionTrainer):
             self.train_loader.generator, self._lent_generator = self._lent_generator, None
         return super().preprocess_batch(batch)
 
+    def progress_string(self) -> str:
+        """Return the header of the progress line; names are cut to the columns, ``kd_feat_loss`` shows as ``kd_feat``."""
+        names = [name if len(name) <= 10 else name.removesuffix("_loss")[:10] for name in self.loss_names]
+        return ("\n" + "%11s" * (4 + len(names))) % ("Epoch", "GPU_mem", *names, "Instances", "Size")
+
     def optimizer_step(self) -> None:
         """Step as stock and note that the accumulation counter is known again."""
         super().optimizer_step()

@@ -98,7 +98,7 @@ def _trainer_arguments(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) 
 
     The files lie beside the phase folder, not in it: multi-GPU launch clears that folder.
     """
-    student_file = run_dir / f"{spec.name}.student.yaml"
+    student_file = run_dir / f"{spec.name}.model.yaml"
     write_text(student_file, yaml.safe_dump(spec.student.cfg, sort_keys=False))
     arguments: dict[str, Any] = {
         **plan["stock"],

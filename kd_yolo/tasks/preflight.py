@@ -12,7 +12,7 @@ from ultralytics.utils import LOGGER
 
 from kd_yolo.checkpoints import load_model
 from kd_yolo.config import MethodFile, TrainConfig, validate
-from kd_yolo.data.datasets import validate_for_training
+from kd_yolo.data.validate import validate_for_training
 from kd_yolo.distill.base import load_method, parse_args
 from kd_yolo.distill.schedule import Schedule
 from kd_yolo.distill.taps import common_strides
