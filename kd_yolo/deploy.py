@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import datetime
 import io
-import pickletools
-import platform
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +28,9 @@ from kd_yolo.inference import (
     raw_outputs,
     use_head,
 )
-from kd_yolo.nn.surgery import MergeReport
-from kd_yolo.resources import load_yaml
+from kd_yolo.nn.merging import MergeReport
+from kd_yolo.provenance import find_recipe, foreign_to_stock, head_name, versions
+from kd_yolo.tables import markdown_table, text_pairs
 
 # Bounds on a deployed file against the training form, both run in float64, so that what is measured is what the file
 # stores. Storing merged kernels in float32 costs about 1e-6 of the canvas; running any model in float32 costs up to
@@ -102,22 +100,25 @@ class DeployReport:
         return asdict(self) | {key: str(getattr(self, key)) for key in ("path", "provenance", "source")}
 
     def to_markdown(self) -> str:
-        """Return a short table."""
+        """Return a table of two columns."""
+        head, *rows = self._rows()
+        return markdown_table(head, rows)
+
+    def to_text(self) -> str:
+        """Return aligned lines for a terminal."""
+        return text_pairs(self._rows())
+
+    def _rows(self) -> list[tuple[str, str]]:
         height, width = self.check_canvas
-        rows = [
-            ("file", str(self.path)),
+        where = f"{self.check_images} images at {height}x{width}, float64"
+        return [
+            ("deployed", str(self.path)),
             ("head", self.head),
             ("parameters", f"{self.params_trained:,} trained, {self.params_fused:,} deployed"),
             ("convolutions", f"{self.convolutions_trained} trained, {self.convolutions} deployed"),
-            ("merged blocks", str(self.merge.blocks)),
-            ("merge error", f"{self.merge.relative_error:.1e} relative, float64"),
-            (
-                "file against training form",
-                f"{self.box_error_px:.1e} px, {self.score_error:.1e} score "
-                f"({self.check_images} images at {height}x{width})",
-            ),
+            ("merged blocks", f"{self.merge.blocks}, relative error {self.merge.relative_error:.1e}"),
+            ("against training form", f"{self.box_error_px:.1e} px, {self.score_error:.1e} score ({where})"),
         ]
-        return "\n".join(["| deployed | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
 
 
 def deploy(
@@ -148,11 +149,11 @@ def deploy(
     target = _target(path, out)
     use_head(source, nms, str(path))
     deployed, merged = deployed_form(source, nms, str(path))
-    recipe = _recipe(path, checkpoint)
+    recipe = find_recipe(path, checkpoint)
     source_hash = sha256(path)
     canvas = _check_canvas(source)
     images = to_canvas(textured_images(CHECK_IMAGES), canvas, int(source.yaml.get("channels", 3)))
-    content = serialize(deployed, checkpoint, {"source_sha256": source_hash, "head": _head_name(nms)})
+    content = serialize(deployed, checkpoint, {"source_sha256": source_hash, "head": head_name(nms)})
     with written_aside(target) as aside, written_aside(target.with_suffix(".json")) as json_aside:
         aside.write_bytes(content)
         box_error, score_error = _verify(aside, source, images)
@@ -162,7 +163,7 @@ def deploy(
             source=path,
             source_sha256=source_hash,
             sha256=sha256(aside),
-            head=_head_name(nms),
+            head=head_name(nms),
             merge=merged,
             box_error_px=box_error,
             score_error=score_error,
@@ -214,30 +215,6 @@ def serialize(deployed: DetectionModel, checkpoint: dict[str, Any], provenance: 
     return buffer.getvalue()
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what computes a detector."""
-    return {
-        "kd_yolo": kd_yolo.__version__,
-        "ultralytics": ultralytics.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
-
-
-def foreign_to_stock(path: Path) -> list[str]:
-    """Return the classes and functions that a checkpoint refers to beyond Ultralytics, PyTorch and Python's own."""
-    allowed = ("ultralytics", "torch", "collections", "builtins", "__builtin__", "pathlib")
-    with zipfile.ZipFile(path) as archive:
-        pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
-    names = {
-        str(argument).replace(" ", ".")
-        for content in pickles
-        for opcode, argument, _ in pickletools.genops(content)
-        if opcode.name == "GLOBAL"
-    }
-    return sorted(name for name in names if name.split(".")[0] not in allowed)
-
-
 def _target(source: Path, out: str | Path | None) -> Path:
     if out is None:
         return source.with_name(f"{source.stem}-deploy.pt")
@@ -279,19 +256,3 @@ def _verify(path: Path, source: DetectionModel, images: Tensor) -> tuple[float, 
             f"{score_error:.3g} in score (bound {SCORE_TOLERANCE:g}); nothing was written"
         )
     return box_error, score_error
-
-
-def _recipe(path: Path, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the recipe of the run that a checkpoint belongs to: in the run folder, or where the run recorded it."""
-    run = path.parent.parent if path.parent.name == "weights" else path.parent
-    recorded = (checkpoint.get("train_args") or {}).get("distill_model")
-    for candidate in (run / "recipe.yaml", Path(str(recorded)) if recorded else None):
-        if candidate is not None and candidate.suffix in {".yaml", ".yml"} and candidate.is_file():
-            content = load_yaml(candidate)
-            if "kd_yolo" in content:
-                return content
-    return None
-
-
-def _head_name(nms: bool) -> str:
-    return "nms" if nms else "nms-free"

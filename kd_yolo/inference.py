@@ -13,7 +13,7 @@ from ultralytics.utils.nms import non_max_suppression
 from ultralytics.utils.ops import xywh2xyxy
 
 from kd_yolo.errors import ConfigError
-from kd_yolo.nn.surgery import MergeReport, merge
+from kd_yolo.nn.merging import MergeReport, merge
 
 CONFIDENCE = 0.25  # Ultralytics' default of predict
 NMS_IOU = 0.7  # Ultralytics' default of predict and val

@@ -119,7 +119,9 @@ def _check_stray_labels(report: DataReport, images: dict[str, list[Path]]) -> No
         if folder.is_dir():
             for file in sorted(folder.glob("*.txt")):
                 if file not in expected and file.name.lower() not in NOT_LABELS:
-                    report.add("warning", "label without image", file, "no image of this name in any split; it is not used")
+                    report.add(
+                        "warning", "label without image", file, "no image of this name in any split; it is not used"
+                    )
 
 
 def _check_leakage(report: DataReport, images: dict[str, list[Path]], facts: dict[Path, ImageFacts]) -> None:

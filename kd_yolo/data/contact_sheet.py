@@ -122,16 +122,17 @@ def _draw_boxes(small: Canvas, data: DataYaml, image: Path) -> None:
     """Draw boxes, then all names on top, each inside the picture."""
     height, width = small.shape[:2]
     labels = read_labels(label_path(image), len(data.names), keypoint_columns(data))
-    corners = []
+    names = []
     for class_id, x, y, w, h in labels.boxes:
         left, top = round((x - w / 2) * width), round((y - h / 2) * height)
         right, bottom = round((x + w / 2) * width) - 1, round((y + h / 2) * height) - 1
         cv2.rectangle(small, (left, top), (right, bottom), class_color(class_id), 2)
-        corners.append((class_id, left, top))
-    for class_id, left, top in corners:
-        name = data.names[class_id]
-        (text_width, text_height), _ = cv2.getTextSize(name, FONT, 0.45, 1)
-        x0 = min(max(left, 0), max(0, width - text_width - 4))
-        y0 = min(max(top, 0), height - text_height - 6)
-        cv2.rectangle(small, (x0, y0), (x0 + text_width + 4, y0 + text_height + 6), class_color(class_id), -1)
-        cv2.putText(small, name, (x0 + 2, y0 + text_height + 3), FONT, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+        names.append((class_id, left, top, bottom))
+    for class_id, left, top, bottom in names:
+        (text_width, text_height), _ = cv2.getTextSize(data.names[class_id], FONT, 0.45, 1)
+        room = text_height + 6
+        # above the box, else below it, else inside: a name must not hide the small defect it names
+        y0 = top - room if top >= room else (bottom + 1 if bottom + room < height else max(top, 0))
+        x0 = min(max(left - 1, 0), max(0, width - text_width - 4))
+        cv2.rectangle(small, (x0, y0), (x0 + text_width + 4, y0 + room), class_color(class_id), -1)
+        cv2.putText(small, data.names[class_id], (x0 + 2, y0 + room - 3), FONT, 0.45, (0, 0, 0), 1, cv2.LINE_AA)

@@ -15,10 +15,19 @@ from kd_yolo.data.convert_coco import read_coco
 from kd_yolo.data.convert_deeppcb import TYPES, read_deeppcb
 from kd_yolo.data.convert_masks import read_masks
 from kd_yolo.data.convert_voc import Origin, read_voc
-from kd_yolo.data.layout import MARKER, SPLITS, built_aside, check_replaceable, place_image, write_data_yaml, write_labels
+from kd_yolo.data.grouping import Item
+from kd_yolo.data.layout import (
+    MARKER,
+    SPLITS,
+    built_aside,
+    check_replaceable,
+    place_image,
+    write_data_yaml,
+    write_labels,
+)
 from kd_yolo.data.progress import Progress, silent
 from kd_yolo.data.samples import Reading, Sample, clean, image_size
-from kd_yolo.data.splits import Item, SplitSpec, assign
+from kd_yolo.data.splits import SplitSpec, assign
 from kd_yolo.errors import ConfigError, DataError, nearest
 from kd_yolo.files import sha256, write_json
 

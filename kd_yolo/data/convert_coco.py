@@ -35,7 +35,10 @@ def read_coco(src: Path) -> Reading:
         raise DataError(f"{src}: no COCO file ('images', 'annotations' and 'categories' in a .json) here or below")
     if not reading.samples:
         raise DataError(f"{src}: {read} COCO files but none of their images found; put the images beside them")
-    reading.decisions += ["box coordinates are continuous (COCO x, y, width, height)", f"crowd regions dropped: {crowds}"]
+    reading.decisions += [
+        "box coordinates are continuous (COCO x, y, width, height)",
+        f"crowd regions dropped: {crowds}",
+    ]
     return reading
 
 

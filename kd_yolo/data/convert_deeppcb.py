@@ -58,7 +58,9 @@ def _parse(text: Path, src: Path, reading: Reading) -> list[RawBox]:
             x0, y0, x1, y1, kind = (int(value) for value in values)
             boxes.append(RawBox(TYPES[kind], x0, y0, x1, y1))
         except (ValueError, KeyError):
-            detail = f"{text.relative_to(src).as_posix()} line {number}: '{line.strip()}' is not 'x1 y1 x2 y2 type(1-6)'"
+            detail = (
+                f"{text.relative_to(src).as_posix()} line {number}: '{line.strip()}' is not 'x1 y1 x2 y2 type(1-6)'"
+            )
             reading.problem("unusable object", detail)
     return boxes
 

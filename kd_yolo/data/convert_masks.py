@@ -36,7 +36,9 @@ def read_masks(src: Path, min_area: int = 10, threshold: int = 127) -> Reading:
     masks = {path for path in images if path.suffix.lower() == ".png"}
     dropped = 0
     for image in [path for path in images if path not in masks]:
-        mask_file = next((path for path in (image.with_suffix(".png"), image.with_suffix(".PNG")) if path in masks), None)
+        mask_file = next(
+            (path for path in (image.with_suffix(".png"), image.with_suffix(".PNG")) if path in masks), None
+        )
         if mask_file is None:
             reading.problem("image without mask", image.relative_to(src).as_posix())
             continue

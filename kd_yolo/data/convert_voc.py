@@ -152,8 +152,10 @@ def _settle_origin(src: Path, reading: Reading, origin: Origin) -> None:
         for sample in reading.samples:
             sample.boxes = [replace(box, x0=box.x0 - 1, y0=box.y0 - 1) for box in sample.boxes]
     how = "pixels counted from 1, ends included" if from_one else "continuous edges from 0"
-    why = f"origin={origin}" if origin != "auto" else f"lowest coordinate {lowest:g}" + (
-        ", Pascal VOC folders" if official else ", no Pascal VOC folders"
+    why = (
+        f"origin={origin}"
+        if origin != "auto"
+        else f"lowest coordinate {lowest:g}" + (", Pascal VOC folders" if official else ", no Pascal VOC folders")
     )
     reading.decisions.append(f"box coordinates read as {how} ({why})")
     reading.decisions.append("classes taken from <name>; file and folder names ignored")

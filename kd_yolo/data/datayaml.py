@@ -106,7 +106,9 @@ def load_data_yaml(file: Path, extra_roots: tuple[Path, ...] = ()) -> DataYaml:
     known = {"path", *SPLITS, "minival", "names", "nc", "download"}
     extra = {key: value for key, value in raw.items() if key not in known}
     written = {key: value for key, value in raw.items() if key in SPLITS}
-    ready = keys.path == str(root) and keys.download is None and keys.names is not None and list(written) == list(splits)
+    ready = (
+        keys.path == str(root) and keys.download is None and keys.names is not None and list(written) == list(splits)
+    )
     ready = ready and all((root / place).exists() for value in wanted.values() for place in _as_list(value))
     return DataYaml(file, root, splits, names, extra, ready)
 
@@ -180,5 +182,7 @@ def _listed(file: Path) -> list[Path]:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read as a list of images ({error})") from error
-    places = (Path(str(file.parent / line[2:]) if line.startswith("./") else line) for line in map(str.strip, lines) if line)
+    places = (
+        Path(str(file.parent / line[2:]) if line.startswith("./") else line) for line in map(str.strip, lines) if line
+    )
     return [place for place in places if place.suffix.lower() in IMAGE_SUFFIXES]

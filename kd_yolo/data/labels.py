@@ -103,7 +103,9 @@ def _add_box(values: tuple[float, ...], number: int, labels: Labels) -> None:
     points = values[1:]
     if max(points) > 1 + TOLERANCE or min(points) < -TOLERANCE:
         far = max(points, key=lambda p: abs(p - 0.5))
-        detail = f"coordinate {far:g} is not within 0..1; divide x and width by the image width, y and height by its height"
+        detail = (
+            f"coordinate {far:g} is not within 0..1; divide x and width by the image width, y and height by its height"
+        )
         labels.faults.append(Fault("coordinates not normalised", number, detail, True))
         return
     if len(points) == 4:
@@ -117,5 +119,7 @@ def _add_box(values: tuple[float, ...], number: int, labels: Labels) -> None:
         return
     over = max(w / 2 - x, h / 2 - y, x + w / 2 - 1, y + h / 2 - 1)
     if over > EDGE_TOLERANCE:
-        labels.faults.append(Fault("box outside", number, f"reaches {over:.4f} of the image size over the border", False))
+        labels.faults.append(
+            Fault("box outside", number, f"reaches {over:.4f} of the image size over the border", False)
+        )
     labels.boxes.append((int(values[0]), x, y, w, h))

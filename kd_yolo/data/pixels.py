@@ -81,7 +81,9 @@ def decode(file: Path) -> tuple[NDArray[np.uint8], bytes, str]:
     if pixels is None:
         raise BadImageError("cannot be decoded; it is not an image, or corrupt")
     if min(pixels.shape[:2]) < SMALLEST_SIDE:
-        raise BadImageError(f"is {pixels.shape[1]}x{pixels.shape[0]} pixels; every side must have at least {SMALLEST_SIDE}")
+        raise BadImageError(
+            f"is {pixels.shape[1]}x{pixels.shape[0]} pixels; every side must have at least {SMALLEST_SIDE}"
+        )
     rewritten = code[:2] == b"\xff\xd8" and code[-2:] != b"\xff\xd9"
     warning = "JPEG with bytes after its end; Ultralytics re-encodes it in place" if rewritten else ""
     return pixels.astype(np.uint8, copy=False), code, warning

@@ -122,9 +122,7 @@ def make_steel_synth(
     return out.absolute() / "data.yaml"
 
 
-def make_image(
-    rng: np.random.Generator, class_id: int, imgsz: int = 200
-) -> tuple[NDArray[np.uint8], list[Box]]:
+def make_image(rng: np.random.Generator, class_id: int, imgsz: int = 200) -> tuple[NDArray[np.uint8], list[Box]]:
     """Draw one image.
 
     Args:
@@ -188,9 +186,7 @@ def _draw_defects(rng: np.random.Generator, image: Image, name: str, spread: flo
     return boxes
 
 
-def _place(
-    rng: np.random.Generator, kind: _Kind, n: int, taken: list[Region], *, is_scratch: bool
-) -> Region | None:
+def _place(rng: np.random.Generator, kind: _Kind, n: int, taken: list[Region], *, is_scratch: bool) -> Region | None:
     """Find room for a defect that covers at most 10 % of any other, or None after 30 attempts."""
     s = n / 200
     for _ in range(30):

@@ -29,6 +29,7 @@ from kd_yolo.nn.student import build_student
 from kd_yolo.tasks.exact_resume import (
     load_state,
     prune_states,
+    replay_sampler,
     restore_gradients_and_random,
     restore_state,
     save_state,
@@ -49,7 +50,6 @@ class KDTrainer(DetectionTrainer):
         self._accumulate = 1
         self._resume_state: dict[str, Any] | None = None
         self._position_unknown = False  # Ultralytics forgets the accumulation counter on resume
-        self._lent_generator: torch.Generator | None = None
         self._batch_in_epoch = 0
         self.steps_since_update = 0
         super().__init__(cfg, overrides, _callbacks)
@@ -127,15 +127,13 @@ class KDTrainer(DetectionTrainer):
         super().run_callbacks(event)
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Count the batch, set the schedule and give a lent random stream back; otherwise as stock."""
+        """Count the batch and set the schedule; otherwise as stock."""
         self.steps_since_update += 1
         model = unwrap_model(self.model)
         if isinstance(model, KDModel) and self.schedule is not None:
             moment = self.epoch + self._batch_in_epoch / len(self.train_loader)
             model.factor = self.schedule.factor(moment, self.epochs, self.args.close_mosaic)
         self._batch_in_epoch += 1
-        if self._lent_generator is not None:
-            self.train_loader.generator, self._lent_generator = self._lent_generator, None
         return super().preprocess_batch(batch)
 
     def progress_string(self) -> str:
@@ -193,18 +191,6 @@ class KDTrainer(DetectionTrainer):
         self.run_callbacks("on_fit_epoch_end")
         self.epoch -= 1
 
-    def _close_dataloader_mosaic(self) -> None:
-        """Close mosaic as stock; on resume after it was closed, keep the sampler's random stream in place.
-
-        The loop resets the loader after this call, and a new iterator draws one number from the loader's generator.
-        When the stopped run had done so epochs ago, that draw must not happen again: it comes from a copy.
-        """
-        super()._close_dataloader_mosaic()
-        loader = self.train_loader
-        again = self._resume_state is not None and self.epoch > self.epochs - self.args.close_mosaic
-        if again and self.epoch == self.start_epoch and loader.generator is not None:
-            self._lent_generator, loader.generator = loader.generator, loader.generator.clone_state()
-
     def _begin_epoch(self) -> None:
         self._batch_in_epoch = 0
         model = unwrap_model(self.model)
@@ -212,9 +198,7 @@ class KDTrainer(DetectionTrainer):
             model.balance_due = self.epoch >= self.schedule.warmup_epochs(self.epochs, self.args.close_mosaic)
         if self._resume_state is None or self.epoch != self.start_epoch:
             return
-        loader = self.train_loader
-        if loader.iterator is None and loader.num_workers == 0:
-            loader.iterator = loader._get_iterator()  # its one random draw must come before the stream is restored
+        replay_sampler(self)
         restore_gradients_and_random(self, self._resume_state)
         self.steps_since_update = int(self._resume_state["steps_since_update"])
         self._position_unknown = True

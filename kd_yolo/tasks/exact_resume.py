@@ -47,7 +47,7 @@ def save_state(trainer: KDTrainer) -> None:
         "gradients": gradients,
         "steps_since_update": trainer.steps_since_update,
         "balance_factors": dict(getattr(model, "balance_factors", {})),
-        "random": _random_state(trainer),
+        "random": _random_state(),
         "mosaic_buffer": list(getattr(dataset, "buffer", [])),
     }
     with written_aside(state_path(trainer.wdir, trainer.epoch)) as aside:
@@ -102,18 +102,36 @@ def restore_gradients_and_random(trainer: KDTrainer, state: dict[str, Any]) -> N
     torch.set_rng_state(streams["torch"])
     if torch.cuda.is_available() and streams["cuda"]:
         torch.cuda.set_rng_state_all(streams["cuda"])
-    if streams["loader"] is not None and trainer.train_loader.generator is not None:
-        trainer.train_loader.generator.set_state(streams["loader"])
 
 
-def _random_state(trainer: KDTrainer) -> dict[str, Any]:
+def replay_sampler(trainer: KDTrainer) -> None:
+    """Advance the training loader's sampler to where the stopped run had it.
+
+    The order of images comes from a generator inside the loader whose state between epochs depends on details of
+    PyTorch's samplers. Drawing the indices of all finished epochs again, without loading an image, is exact whatever
+    these details are. Loaders with worker processes are left alone: their prefetching cannot be repeated.
+    """
+    loader = trainer.train_loader
+    if loader.num_workers or trainer.world_size > 1:
+        return
+    closing = trainer.epochs - trainer.args.close_mosaic if trainer.args.close_mosaic else None
+    loader.iterator = loader._get_iterator()
+    for epoch in range(trainer.start_epoch):
+        if epoch > 0 and epoch == closing:
+            loader.iterator = loader._get_iterator()  # the loop resets the loader when mosaic closes
+        for _ in range(len(loader)):
+            next(loader.iterator._sampler_iter)
+    if closing is not None and trainer.start_epoch > max(closing, 0):
+        # The loop is about to close mosaic and reset the loader, which the stopped run did epochs ago.
+        loader.reset = lambda: loader.__dict__.pop("reset")
+
+
+def _random_state() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    generator = trainer.train_loader.generator
     return {
         "python": [version, list(internal), gauss],
         "numpy": [name, keys.tolist(), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "loader": None if generator is None else generator.get_state(),
     }
