@@ -1,4 +1,4 @@
-"""Turn a trained checkpoint into the file that is shipped: merged, stock classes only, proven equal, with provenance."""
+"""Turn a trained checkpoint into the file to ship: merged, stock classes only, proven equal, with provenance."""
 
 from __future__ import annotations
 
@@ -134,8 +134,8 @@ def deploy(
         model_path: A checkpoint that Ultralytics or kd_yolo trained, re-parameterized or not.
         out: Where to write; default ``<stem>-deploy.pt`` beside the checkpoint. A JSON file of the same stem holds the
             provenance.
-        nms: Keep the one-to-many head branch, whose output needs NMS; otherwise the NMS-free one-to-one branch. The other
-            branch is removed.
+        nms: Keep the one-to-many head branch, whose output needs NMS; otherwise the NMS-free one-to-one branch. The
+            other branch is removed.
         trust: Load foreign classes from the checkpoint, which runs code in it.
 
     Raises:

@@ -35,8 +35,8 @@ class RawOutputs:
     def difference(self, other: RawOutputs) -> tuple[float, float]:
         """Return the largest absolute difference of boxes in pixels and of scores."""
         return (
-            float((self.boxes.float() - other.boxes.float()).abs().max()),
-            float((self.scores.float() - other.scores.float()).abs().max()),
+            float((self.boxes.double() - other.boxes.double()).abs().max()),
+            float((self.scores.double() - other.scores.double()).abs().max()),
         )
 
 

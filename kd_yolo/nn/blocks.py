@@ -52,8 +52,8 @@ class RepBlock(RepConv):
 
     It subclasses ``RepConv`` because the stock ``fuse()`` selects by class: a subclass of ``Conv`` would silently lose
     its branches there. ``conv`` and ``bn`` are the dense branch, named as in the stock ``Conv``, so that stock code
-    that reads ``.conv.in_channels`` and stock state dictionaries fit; ``conv1`` is the 1x1 branch, whose presence tells the
-    stock ``is_fused()`` that there is work left.
+    that reads ``.conv.in_channels`` and stock state dictionaries fit; ``conv1`` is the 1x1 branch, whose presence
+    tells the stock ``is_fused()`` that there is work left.
 
     Args:
         c1: Input channels C.
@@ -289,8 +289,8 @@ def _copy_bn(source: nn.BatchNorm2d, target: nn.BatchNorm2d) -> None:
 def _set_bn(bn: nn.BatchNorm2d, mean: Tensor, variance: Tensor, gamma: Tensor | None, beta: Tensor) -> None:
     """Set statistics and shift (C), and the scale sqrt(variance + eps), times ``gamma`` (C) when given.
 
-    The scale is rounded to the BatchNorm's dtype first and the variance fitted to it, so that scale / sqrt(variance + eps)
-    is ``gamma`` to the rounding of one number instead of two.
+    The scale is rounded to the BatchNorm's dtype first and the variance fitted to it: scale / sqrt(variance + eps) is
+    then ``gamma`` to the rounding of one number instead of two.
     """
     gamma = torch.ones_like(variance) if gamma is None else gamma
     scale = ((variance + bn.eps).sqrt() * gamma).to(bn.weight.dtype)

@@ -66,9 +66,12 @@ def test_forward__an_unknown_class_changes_neither_term(mode: str) -> None:
     batch, keep = foreground(SHAPE), [0, 2]
     student, teacher = random_taps(SHAPE, 0), random_taps(SHAPE, 1)
     masked = replace(teacher, class_mask=torch.tensor([True, False, True]))
-    dropped = [replace(taps, scores=taps.scores[:, keep], scores_one2one=None) for taps in (student, teacher)]
-    expected = make("kd-lightnet", Shape(classes=2), mode=mode)(*dropped, batch)
-    losses = make("kd-lightnet", SHAPE, mode=mode)(student, masked, batch)
+    dropped = [
+        replace(taps, scores=taps.scores[:, keep], scores_one2one=leaves(taps)[-1][:, keep])
+        for taps in (student, teacher)
+    ]
+    expected = make("kd-lightnet", Shape(classes=2), mode=mode, one2one=True)(*dropped, batch)
+    losses = make("kd-lightnet", SHAPE, mode=mode, one2one=True)(student, masked, batch)
     for term, value in losses.items():
         torch.testing.assert_close(value, expected[term], rtol=1e-6, atol=1e-9)
 

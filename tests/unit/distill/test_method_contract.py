@@ -161,15 +161,15 @@ def test_forward__teacher_lacks_classes(name: str, one2one: bool) -> None:
         assert float(student.scores.grad[:, 0].abs().max()) > 0.0
 
 
-def test_forward__half_precision_taps_under_autocast(name: str) -> None:
-    method = make(name, SHAPE)
-    student = map_leaves(random_taps(SHAPE, 0, grad=True), lambda x: x.bfloat16())
-    teacher = map_leaves(random_taps(SHAPE, 1), lambda x: x.bfloat16())
+@pytest.mark.parametrize("pair", ["same", "other bins", "no bins"])
+def test_forward__half_precision_taps_under_autocast(name: str, pair: str) -> None:
+    mine, theirs = PAIRS[pair]
+    method = make(name, mine, theirs)
+    student = map_leaves(random_taps(mine, 0, grad=True), lambda x: x.bfloat16())
+    teacher = map_leaves(random_taps(theirs, 1), lambda x: x.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        losses = method(student, teacher, foreground(SHAPE))
-    exact = method(
-        map_leaves(student, lambda x: x.float()), map_leaves(teacher, lambda x: x.float()), foreground(SHAPE)
-    )
+        losses = method(student, teacher, foreground(mine))
+    exact = method(map_leaves(student, lambda x: x.float()), map_leaves(teacher, lambda x: x.float()), foreground(mine))
     for term, value in losses.items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, exact[term], rtol=1e-6, atol=1e-7)
