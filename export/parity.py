@@ -7,17 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from kd_yolo.export.matching import MATCH_IOU, GraphOutput, compare_rows, match_detections, worse
 from torch import Tensor
-from torchvision.ops import box_iou
 from ultralytics.nn.tasks import DetectionModel
 
 from kd_yolo.images import Image, ImageSet, to_canvas
-from kd_yolo.inference import MAX_DETECTIONS, RawOutputs, detections, raw_outputs, split_raw
+from kd_yolo.inference import CONFIDENCE, channels_of, detections, raw_outputs, split_raw
 
 MIN_IMAGES = 32
-MATCH_IOU = 0.99
-WANTED_PER_IMAGE = 5  # detections per image that make a comparison worth its name
-LOWEST_CONFIDENCE = 1e-6
+ANCHORS_PER_IMAGE = 20  # above the threshold before NMS, on average: enough to compare
 
 Session = Callable[[Tensor], Tensor]
 """Runs an exported graph: (B, C, H, W) float32 in 0..1 to its one output."""
@@ -30,8 +28,8 @@ class Tolerance:
     Attributes:
         box: Largest difference of any raw box coordinate, as a fraction of the canvas's longer side.
         score: Largest difference of any class score.
-        unmatched: Largest share of detections without a partner of the same class at IoU 0.99. It is not zero because two
-            boxes whose scores tie to the last digit may leave NMS in either order.
+        unmatched: Largest share of detections without a partner of the same class at IoU 0.99. It is not zero because
+            two boxes whose scores tie to the last digit may leave NMS in either order.
     """
 
     box: float
@@ -40,28 +38,11 @@ class Tolerance:
 
 
 # Measured with float32 models at 64 to 640 px: running the same weights in another order of additions moves boxes by up
-# to 1e-5 of the canvas and scores by up to 2e-6. Half precision has eleven bits: boxes move by up to 5e-3 of the canvas.
+# to 1e-5 of the canvas and scores by up to 2e-6. Half precision: boxes by up to 5e-3 of the canvas.
 TOLERANCES = {
     "fp32": Tolerance(box=1e-4, score=1e-4, unmatched=0.01),
     "fp16": Tolerance(box=1e-2, score=1e-2, unmatched=0.10),
 }
-
-
-@dataclass(frozen=True)
-class GraphOutput:
-    """What the output of a graph holds.
-
-    Attributes:
-        kind: ``raw`` for all anchors (B, 4 + K, A), centre-size boxes; ``rows`` for selected detections (B, n, 6).
-        nms: Whether the head branch behind it needs NMS (inside or outside of the graph).
-        confidence: Lowest score that an NMS inside the graph lets through; 0 without one.
-        iou: Overlap bound of an NMS inside the graph.
-    """
-
-    kind: str
-    nms: bool
-    confidence: float = 0.0
-    iou: float = 0.7
 
 
 @dataclass(frozen=True)
@@ -131,9 +112,9 @@ class _Totals:
 
     def add_raw(self, box: float, score: float, side: int) -> None:
         """Take in differences of one batch; a NaN must survive."""
-        self.box_error_px = _worse(self.box_error_px, box)
-        self.box_error = _worse(self.box_error, box / side)
-        self.score_error = _worse(self.score_error, score)
+        self.box_error_px = worse(self.box_error_px, box)
+        self.box_error = worse(self.box_error, box / side)
+        self.score_error = worse(self.score_error, score)
 
     def add_match(self, reference: Tensor, artifact: Tensor) -> None:
         """Take in the detections of one image."""
@@ -168,9 +149,9 @@ def check_parity(
     confidence = output.confidence or _confidence(model, shares[0], plan[0][0])
     for share, (canvas, batch) in zip(shares, plan, strict=True):
         for start in range(0, len(share), batch):
-            pixels = to_canvas(share[start : start + batch], canvas, _channels(model))
+            pixels = to_canvas(share[start : start + batch], canvas, channels_of(model))
             _compare(model, session, output, pixels, batch, confidence, totals)
-    failures = _failures(totals, tolerance)
+    failures = _failures(totals, tolerance, output)
     return ParityReport(
         passed=not failures,
         precision=precision,
@@ -191,56 +172,6 @@ def check_parity(
     )
 
 
-def match_detections(reference: Tensor, artifact: Tensor) -> list[float]:
-    """Pair detections (n, 6) and (m, 6) of one image one to one, same class, IoU >= 0.99, best overlap first.
-
-    Returns:
-        The IoU of every pair.
-    """
-    if not len(reference) or not len(artifact):
-        return []
-    overlap = box_iou(reference[:, :4], artifact[:, :4])
-    overlap[reference[:, None, 5] != artifact[None, :, 5]] = -1.0
-    found: list[float] = []
-    for index in overlap.flatten().argsort(descending=True).tolist():
-        row, column = divmod(index, overlap.shape[1])
-        value = float(overlap[row, column])
-        if value < MATCH_IOU and found is not None and _exhausted(overlap):
-            break
-        if value >= MATCH_IOU:
-            found.append(value)
-            overlap[row, :] = overlap[:, column] = -1.0
-    return found
-
-
-def compare_rows(raw: RawOutputs, rows: Sequence[Tensor], nms: bool, confidence: float, iou: float) -> tuple[float, float]:
-    """Compare selected detections with everything the reference says, however the selection broke its ties.
-
-    Every row must be one of the reference's (anchor, class) pairs, and the sorted scores of both selections must agree.
-
-    Args:
-        raw: The reference's raw outputs for B images.
-        rows: The graph's detections, B tensors (n, 6).
-        nms: Whether NMS made them.
-        confidence: Its lowest score.
-        iou: Its overlap bound.
-
-    Returns:
-        Largest distance of a row's box in pixels to a pair of the same class and (nearly) the same score, and largest
-        difference of scores.
-    """
-    box_error = score_error = 0.0
-    expected = detections(raw, nms, confidence, iou)
-    for boxes, scores, found, wanted in zip(raw.boxes, raw.scores, rows, expected, strict=True):
-        n = min(len(found), len(wanted))
-        best = [rows[:, 4].sort(descending=True).values[:n] for rows in (found, wanted)]
-        score_error = _worse(score_error, float((best[0] - best[1]).abs().max()) if n else 0.0)
-        if len(found):
-            box, score = _nearest_pair(boxes, scores, found)
-            box_error, score_error = _worse(box_error, box), _worse(score_error, score)
-    return box_error, score_error
-
-
 def _compare(
     model: DetectionModel,
     session: Session,
@@ -255,15 +186,48 @@ def _compare(
     reference = raw_outputs(model, pixels)
     padded = torch.cat((pixels, pixels.new_zeros(batch - count, *pixels.shape[1:])))
     result = session(padded)[:count].float()
-    side = max(pixels.shape[-2:])
     if output.kind == "raw":
         raw = split_raw(result.transpose(1, 2), xyxy=False)
-        totals.add_raw(*reference.difference(raw), side)
+        box, score = reference.difference(raw)
         found = detections(raw, output.nms, confidence)
-        wanted = detections(reference, output.nms, confidence)
     else:
-        found = [rows[rows[:, 4] > confidence] for rows in result]
-        wanted = detections(reference, output.nms, confidence, output.iou)
-        totals.add_raw(*compare_rows(reference, found, output.nms, confidence, output.iou), side)
+        rows = [item[item[:, 4] > output.confidence] for item in result]
+        box, score = compare_rows(reference, rows, output)
+        found = [item[item[:, 4] > confidence] for item in rows]
+    totals.add_raw(box, score, max(pixels.shape[-2:]))
+    wanted = detections(reference, output.nms, confidence, output.iou)
     for one, other in zip(wanted, found, strict=True):
         totals.add_match(one, other)
+
+
+def _confidence(model: DetectionModel, images: Sequence[Image], canvas: tuple[int, int]) -> float:
+    """Return a threshold that leaves enough to compare: the usual one, or a lower one for a model that is less sure."""
+    some = images[:8]
+    best = raw_outputs(model, to_canvas(some, canvas, channels_of(model))).scores.amax(2).flatten()
+    rank = min(ANCHORS_PER_IMAGE * len(some), len(best) - 1)
+    high, low = best.topk(rank + 1).values[-2:].tolist()
+    return min(CONFIDENCE, (high + low) / 2)
+
+
+def _failures(totals: _Totals, tolerance: Tolerance, output: GraphOutput) -> list[str]:
+    """Return what is out of bounds; written so that NaN is."""
+    failures = []
+    if not totals.box_error <= tolerance.box:
+        failures.append(
+            f"raw boxes differ by {totals.box_error_px:.3g} px, {totals.box_error:.2e} of the canvas "
+            f"(bound {tolerance.box:g})"
+        )
+    if not totals.score_error <= tolerance.score:
+        failures.append(f"scores differ by {totals.score_error:.3g} (bound {tolerance.score:g})")
+    both = totals.reference + totals.artifact
+    if both and not 1 - 2 * totals.matched / both <= tolerance.unmatched:
+        failures.append(
+            f"{totals.matched} of {totals.reference} detections have a partner among {totals.artifact} "
+            f"(at most {tolerance.unmatched:.0%} may lack one)"
+        )
+    if not totals.reference and output.kind == "rows":
+        failures.append(
+            f"no image shows a detection above {output.confidence:g}, so nothing could be compared; "
+            "give images that do with data="
+        )
+    return failures

@@ -98,7 +98,8 @@ def validate(schema: type[ModelT], values: Mapping[str, Any], where: str = "") -
     try:
         return schema.model_validate(dict(values))
     except ValidationError as error:
-        first = error.errors()[0]
+        problems = error.errors()  # a typo makes its key unknown and perhaps the right one missing: name the typo
+        first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
         key = ".".join(str(part) for part in first["loc"] if part not in {"bool", "str"})
         prefix = f"{where}: " if where else ""
         if first["type"] == "extra_forbidden":

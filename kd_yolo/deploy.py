@@ -20,6 +20,7 @@ from kd_yolo.errors import ConfigError, ReparamError
 from kd_yolo.files import sha256, write_json, written_aside
 from kd_yolo.images import textured_images, to_canvas
 from kd_yolo.inference import (
+    channels_of,
     check_canvas,
     count_convolutions,
     count_parameters,
@@ -152,7 +153,7 @@ def deploy(
     recipe = find_recipe(path, checkpoint)
     source_hash = sha256(path)
     canvas = _check_canvas(source)
-    images = to_canvas(textured_images(CHECK_IMAGES), canvas, int(source.yaml.get("channels", 3)))
+    images = to_canvas(textured_images(CHECK_IMAGES), canvas, channels_of(source))
     content = serialize(deployed, checkpoint, {"source_sha256": source_hash, "head": head_name(nms)})
     with written_aside(target) as aside, written_aside(target.with_suffix(".json")) as json_aside:
         aside.write_bytes(content)

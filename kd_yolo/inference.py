@@ -111,6 +111,12 @@ def max_stride(model: nn.Module) -> int:
     return int(stride.max())
 
 
+def channels_of(model: nn.Module) -> int:
+    """Return how many channels a detector's images have."""
+    description: Any = model.yaml
+    return int(description.get("channels", 3))
+
+
 def count_parameters(model: nn.Module) -> int:
     """Return the number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -79,7 +79,7 @@ def _started(
     config: TrainConfig, stock: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Path, dict[str, Any]]:
     """Check every input, create the run folder and write the plan."""
-    method = resolve_method(config, groups)
+    method = resolve_method(config, groups, stock)
     data = resolve_dataset(config.data)
     student = resolve_student(config)
     checked = check_training_inputs(config, stock, data, student)

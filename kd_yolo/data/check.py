@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from kd_yolo.data.check_report import BoxSizes, DataReport, Problem
+from kd_yolo.data.check_report import BoxSizes, DataReport, Problem, Severity
 from kd_yolo.data.datayaml import DataYaml, label_path, load_data_yaml
 from kd_yolo.data.labels import read_labels
 from kd_yolo.data.pixels import BadImageError, ImageFacts, examine, in_threads, similar_pairs
@@ -50,7 +49,7 @@ def check_dataset(yaml: Path, imgsz: int = 640, progress: Progress = silent) -> 
     facts: dict[Path, ImageFacts] = {}
     total = sum(len(files) for files in images.values())
     for files in images.values():
-        for file, result in in_threads(partial(examine), files):
+        for file, result in in_threads(examine, files):
             if isinstance(result, BadImageError):
                 report.add("error", "bad image", file, str(result))
             else:
@@ -80,7 +79,7 @@ def _check_split(
         file = label_path(image)
         labels = read_labels(file, nc, keypoint_columns(data))
         for fault in labels.faults:
-            severity = "error" if fault.fatal or fault.kind in ERROR_KINDS else "warning"
+            severity: Severity = "error" if fault.fatal or fault.kind in ERROR_KINDS else "warning"
             where = f"line {fault.line}: " if fault.line else ""
             report.add(severity, fault.kind, file, where + fault.detail)
         if not labels.exists:
@@ -160,7 +159,7 @@ def _check_balance(report: DataReport) -> None:
     """Report classes that a split lacks and strong imbalance in train."""
     for split, counts in report.boxes.items():
         for name, count in zip(report.names, counts, strict=True):
-            if not count and sum(counts):
+            if not count and any(counts):
                 report.add("warning", "class missing", report.yaml, f"'{split}' has no box of class '{name}'")
     train = [count for count in report.boxes.get("train", []) if count]
     if train and max(train) > IMBALANCE * min(train):

@@ -105,6 +105,7 @@ def convert(
     min_area: int = 10,
     threshold: int = 127,
     mode: Mode = "copy",
+    resolved_from: str | None = None,
     progress: Progress = silent,
 ) -> ConversionReport:
     """Convert a raw folder.
@@ -119,6 +120,7 @@ def convert(
         min_area: Masks only: smallest component, pixels.
         threshold: Masks only: grey value above which a pixel is a defect.
         mode: ``copy`` the images byte for byte, or ``link`` to them.
+        resolved_from: Fingerprint of the raw folder, kept in conversion.json when a built-in name asked for this.
         progress: Called with (images done, all images).
 
     Raises:
@@ -140,7 +142,7 @@ def convert(
     order = _class_order(from_, reading, names, src)
     sizes = _sizes(reading, src)
     spec = split or SplitSpec()
-    if spec.method == "auto" and spec.lists is None and (src / "splits").is_dir():
+    if spec.method == "auto" and spec.lists is None and (src / "splits" / "train.txt").is_file():
         spec = replace(spec, lists=src / "splits")
     items = _items(reading.samples, src)
     chosen = assign(items, spec)
@@ -151,7 +153,7 @@ def convert(
     with built_aside(out) as folder:
         _write(folder, report, reading.samples, items, chosen.split, order, sizes, mode, progress)
         report.seconds = time.perf_counter() - start
-        write_json(folder / MARKER, report.to_dict())
+        write_json(folder / MARKER, {**report.to_dict(), "resolved_from": resolved_from})
     return report
 
 
@@ -185,12 +187,20 @@ def _sizes(reading: Reading, src: Path) -> dict[Path, tuple[int, int]]:
     """Read every image's size; leave out images that cannot be read, as a problem."""
     sizes: dict[Path, tuple[int, int]] = {}
     for sample in reading.samples:
-        try:
-            sizes[sample.image] = image_size(sample.image)
-        except ValueError as error:
-            reading.problem("unreadable image (left out)", f"{sample.image.relative_to(src).as_posix()}: {error}")
+        size = _size_or_reason(sample.image)
+        if isinstance(size, str):
+            reading.problem("unreadable image (left out)", f"{sample.image.relative_to(src).as_posix()}: {size}")
+        else:
+            sizes[sample.image] = size
     reading.samples = [sample for sample in reading.samples if sample.image in sizes]
     return sizes
+
+
+def _size_or_reason(image: Path) -> tuple[int, int] | str:
+    try:
+        return image_size(image)
+    except ValueError as error:
+        return str(error)
 
 
 def _items(samples: Sequence[Sample], src: Path) -> list[Item]:

@@ -1,4 +1,4 @@
-"""Read pixel masks: one folder for each class, every image beside a PNG mask of the same name (magnetic tile data set)."""
+"""Read pixel masks: one folder for each class, every image beside a PNG mask of its name (magnetic tile data set)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ PREFIX = "MT_"
 def read_masks(src: Path, min_area: int = 10, threshold: int = 127) -> Reading:
     """Read CLASS/[Imgs/]NAME.jpg + NAME.png.
 
-    Every 8-connected component of ``mask > threshold`` with at least ``min_area`` pixels becomes a box. The class is the
-    folder's name without ``MT_``. An image in a defect folder whose mask shows nothing contradicts itself and is left out.
+    Every 8-connected component of ``mask > threshold`` with at least ``min_area`` pixels becomes a box. The class is
+    the folder's name without ``MT_``. An image in a defect folder whose mask shows nothing contradicts itself and is
+    left out.
 
     Args:
         src: The folder of class folders.

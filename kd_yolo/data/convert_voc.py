@@ -2,15 +2,16 @@
 
 Understood: IMAGES/ + ANNOTATIONS/ (NEU-DET as published), train/ and validation/ folders with images/CLASS/ and
 annotations/ (its common mirror), Annotations/CLASS/ + images/CLASS/ (PKU-Market-PCB), JPEGImages/ + Annotations/ +
-ImageSets/Main/ (Pascal VOC), and everything in one folder. Classes come from ``<name>``, never from a file or folder name.
+ImageSets/Main/ (Pascal VOC), and everything in one folder. Classes come from ``<name>``, never from a file or folder.
 
-Pixel origin. Pascal VOC counts pixels from 1, both ends included, so its boxes become edges by subtracting 1 from xmin and
-ymin. labelImg, which drew most industrial sets, writes continuous edges from 0 and lifts a 0 to 1. NEU-DET is of the
-second kind: at the left border 493 boxes have xmin 1 and 101 have 2, at the right border 258 have xmax 200, 186 have 199
-and 123 have 198; 258 + 186 = 444 and 123 mirror 493 and 101, whereas counting from 1 would set 493 against 258. Every
-box marked ``truncated`` also touches a border, as labelImg marks it. So its numbers are taken as edges, as other projects
-that publish results on it do. ``origin`` says which reading to take; ``auto`` takes pixels from 1 only for a folder with
-Pascal VOC's own JPEGImages/ and ImageSets/ in which no coordinate is 0.
+Pixel origin. Pascal VOC counts pixels from 1, both ends included, so its boxes become edges by subtracting 1 from xmin
+and ymin. labelImg, with which most industrial sets were drawn, writes continuous edges from 0 and lifts a 0 to 1.
+NEU-DET is of the second kind. Its boxes crowd at the borders: at the left 493 have xmin 1 and 101 have 2; at the right
+258 have xmax 200, 186 have 199 and 123 have 198. Read as edges with 0 lifted to 1, both sides agree: 493 stands
+against 258 + 186 = 444, and 101 against 123. Read as pixels from 1, 493 would stand against 258 and 101 against 186.
+Also, every one of the 1507 boxes marked ``truncated`` touches a border, which is what labelImg means by it. So the
+numbers are taken as edges. ``origin`` forces a reading; ``auto`` takes pixels from 1 only for a folder with Pascal
+VOC's own JPEGImages/ and ImageSets/ in which no coordinate is 0.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def read_voc(src: Path, origin: Origin = "auto") -> Reading:
 
     Args:
         src: The published folder.
-        origin: ``0`` takes coordinates as continuous edges, ``1`` as pixels counted from 1, ``auto`` decides (see above).
+        origin: ``0`` takes coordinates as continuous edges, ``1`` as pixels from 1, ``auto`` decides (see above).
 
     Returns:
         Samples with their published split if there is one; images without XML and XML without image as problems.
@@ -56,13 +57,13 @@ def read_voc(src: Path, origin: Origin = "auto") -> Reading:
         if parsed is None:
             continue
         boxes, size, filename = parsed
-        image = _image_of(file, src, by_stem, filename)
-        if image is None or image in used:
+        found = _image_of(file, src, by_stem, filename)
+        if found is None or found in used:
             reading.problem("annotation without image", file.relative_to(src).as_posix())
             continue
-        used.add(image)
-        reading.samples.append(Sample(image, boxes, split_of(image.relative_to(src))))
-        _compare_size(reading, image, size, src)
+        used.add(found)
+        reading.samples.append(Sample(found, boxes, split_of(found.relative_to(src))))
+        _compare_size(reading, found, size, src)
     for image in images:
         if image not in used:
             reading.problem("image without annotation", image.relative_to(src).as_posix())
@@ -77,7 +78,7 @@ def _parse(file: Path, src: Path, reading: Reading) -> tuple[list[RawBox], tuple
     """Return boxes as written, the stated size and the stated file name, or None when the file is no VOC annotation."""
     shown = file.relative_to(src).as_posix()
     try:
-        tree = ElementTree.parse(file).getroot()  # noqa: S314  (expat limits entity expansion itself)
+        tree = ElementTree.parse(file).getroot()
     except (OSError, ElementTree.ParseError) as error:
         reading.problem("unreadable annotation", f"{shown}: {error}")
         return None

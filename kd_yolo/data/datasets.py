@@ -14,10 +14,11 @@ from pydantic import Field
 from kd_yolo.config import Strict, validate
 from kd_yolo.data.datayaml import load_data_yaml
 from kd_yolo.data.layout import MARKER
+from kd_yolo.data.lock import locked
 from kd_yolo.data.progress import stderr_progress
 from kd_yolo.data.validate import validate_for_training
 from kd_yolo.errors import DataError, nearest
-from kd_yolo.files import write_json, write_text
+from kd_yolo.files import write_text
 from kd_yolo.resources import builtin_names, find, load_yaml
 
 __all__ = ["data_root", "describe_datasets", "load_builtin", "resolve_dataset", "validate_for_training"]
@@ -125,12 +126,16 @@ def _resolve_builtin(name: str, file: Path, root: Path) -> Path:
     spec = load_builtin(file)
     home = root / name
     if spec.make is not None:
-        return _resolve_made(home, spec.make)
+        if not _is_made(home, spec.make):
+            with locked(root / ".kd-yolo" / f"{name}.lock"):
+                _make(home, spec.make)
+        return _at_home(home)
     if spec.raw is None:
         raise DataError(f"{file}: neither 'raw' nor 'make' is given; one is needed")
+    if (home / "data.yaml").is_file() and not (home / MARKER).is_file():
+        return _resolve_user(home / "data.yaml", root)  # converted by other means: the user's own
     raw = _find_raw(spec.raw, root)
-    done = _conversion(home)
-    if done is not None and (raw is None or _is_current(done, spec.raw, raw)):
+    if _is_done(home, spec.raw, raw):
         return _at_home(home)
     if raw is None:
         looked = ", ".join(str(place) for place in (home, *_candidates(spec.raw, root)))
@@ -138,7 +143,10 @@ def _resolve_builtin(name: str, file: Path, root: Path) -> Path:
             f"data={name}: {spec.title} is not there (looked for {looked}); with the published data at hand run: "
             f"kd-yolo data convert from={spec.raw.format} src=FOLDER out={_short(home)}"
         )
-    return _convert_once(name, spec, raw, home)
+    with locked(root / ".kd-yolo" / f"{name}.lock"):
+        if not _is_done(home, spec.raw, raw):  # another process may have finished while this one waited
+            _convert(name, spec, spec.raw, raw, home)
+    return _at_home(home)
 
 
 def _short(home: Path) -> str:
@@ -170,17 +178,20 @@ def _conversion(home: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and (home / "data.yaml").is_file() else None
 
 
-def _is_current(done: dict[str, Any], raw: Raw, source: Path) -> bool:
-    """Tell whether a conversion still stands: one that the user made by hand always does."""
+def _is_done(home: Path, raw: Raw, source: Path | None) -> bool:
+    """Tell whether a conversion is there and still stands: one that the user made by hand always does."""
+    done = _conversion(home)
+    if done is None:
+        return False
     mark = done.get("resolved_from")
-    return mark is None or mark == _fingerprint(raw, source)
+    return source is None or mark is None or mark == _fingerprint(raw, source)
 
 
 def _fingerprint(raw: Raw, source: Path) -> str:
     """Return a digest of the raw files' names and sizes, the reader's settings and the converter's version."""
     from kd_yolo.data.convert import VERSION
 
-    digest = hashlib.sha256(f"{VERSION}\n{raw.model_dump_json()}\n".encode())
+    digest = hashlib.sha256(f"{VERSION}\n{raw.model_dump_json(exclude={'folders', 'holds'})}\n".encode())
     files = ((path.relative_to(source).as_posix(), path.stat().st_size) for path in source.rglob("*") if path.is_file())
     for name, size in sorted(files):
         digest.update(f"{name}\t{size}\n".encode())
@@ -198,30 +209,31 @@ def _at_home(home: Path) -> Path:
     return file
 
 
-def _convert_once(name: str, spec: Builtin, raw: Path, home: Path) -> Path:
-    from kd_yolo.data.convert import SplitSpec, convert
+def _convert(name: str, spec: Builtin, settings: Raw, raw: Path, home: Path) -> None:
+    from kd_yolo.data.convert import convert
+    from kd_yolo.data.splits import SplitSpec
 
-    settings = spec.raw
-    assert settings is not None  # for the type checker: the caller looked
-    mark = _fingerprint(settings, raw)
-    report = convert(
+    convert(
         settings.format,
         raw,
         home,
         split=SplitSpec(group=settings.group, fixed=spec.split),
         names=[spec.names[i] for i in range(len(spec.names))],
         min_area=settings.min_area,
+        resolved_from=_fingerprint(settings, raw),
         progress=stderr_progress(f"{name}: converting {raw} once, to {home}"),
     )
-    write_json(home / MARKER, {**report.to_dict(), "resolved_from": mark})
-    return _at_home(home)
 
 
-def _resolve_made(home: Path, arguments: dict[str, int]) -> Path:
-    from kd_yolo.data.synthetic import VERSION, make_steel_synth
+def _is_made(home: Path, arguments: dict[str, int]) -> bool:
+    from kd_yolo.data.synthetic import VERSION
 
     done = _conversion(home)
-    if done is not None and done.get("version") == VERSION and done.get("arguments") == arguments:
-        return _at_home(home)
-    progress = stderr_progress(f"steel-synth: making images in {home}")
-    return make_steel_synth(home, **arguments, progress=progress)
+    return done is not None and done.get("version") == VERSION and done.get("arguments") == arguments
+
+
+def _make(home: Path, arguments: dict[str, int]) -> None:
+    from kd_yolo.data.synthetic import make_steel_synth
+
+    if not _is_made(home, arguments):  # another process may have finished while this one waited
+        make_steel_synth(home, **arguments, progress=stderr_progress(f"steel-synth: making images in {home}"))

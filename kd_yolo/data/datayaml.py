@@ -1,4 +1,4 @@
-"""Read a data YAML in Ultralytics' form, strictly: every path found, every name known, or one line that says why not."""
+"""Read a data YAML in Ultralytics' form, strictly: every path found, every name known, or one line that says why."""
 
 from __future__ import annotations
 

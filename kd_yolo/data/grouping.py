@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -84,5 +83,5 @@ def _alike(items: Sequence[Item]) -> list[tuple[int, int]]:
 
 def _examined(items: Sequence[Item], rows: list[int]) -> list[tuple[int, ImageFacts]]:
     """Decode the images; those that cannot be decoded are no one's look-alike."""
-    results = in_threads(partial(examine), [path for i in rows if (path := items[i].path) is not None])
+    results = in_threads(examine, [path for i in rows if (path := items[i].path) is not None])
     return [(i, facts) for i, (_, facts) in zip(rows, results, strict=True) if isinstance(facts, ImageFacts)]

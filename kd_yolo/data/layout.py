@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import yaml
 
 from kd_yolo.errors import OutputError
@@ -36,7 +37,7 @@ def built_aside(out: Path) -> Iterator[Path]:
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove_abandoned(out)
         aside.mkdir()
     except OSError as error:
         raise OutputError(f"{out}: cannot be created ({error.strerror}); choose another with out=FOLDER") from error
@@ -50,6 +51,14 @@ def built_aside(out: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove what killed processes left half done beside ``out``."""
+    for folder in out.parent.glob(f".{out.name}.*.part"):
+        number = folder.name.rsplit(".", 2)[-2]
+        if number.isdigit() and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_replaceable(out: Path) -> None:

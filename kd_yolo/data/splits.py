@@ -1,8 +1,9 @@
 """Split images into train, val and test: from lists, k-fold or stratified at random, without leaks.
 
-Byte-identical images always stay together, and so do images of one ``group`` (a regular expression on the file stem, for
-parts that were photographed several times). Stratification is by the classes an image holds, several at once (K. Sechidis,
-G. Tsoumakas, I. Vlahavas, "On the stratification of multi-label data", ECML PKDD 2011, algorithm 1), here over groups.
+Byte-identical images always stay together, and so do images of one ``group`` (a regular expression on the file stem,
+for parts that were photographed several times). Stratification is by the classes an image holds, several at once
+(K. Sechidis, G. Tsoumakas, I. Vlahavas, "On the stratification of multi-label data", ECML PKDD 2011, algorithm 1), here
+over groups.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class SplitSpec:
         lists: Folder with train.txt, val.txt and test.txt: a file stem a line.
         group: Regular expression; images whose stems give the same first group (else whole match) stay together. Or
             ``similar``: images that look alike stay together, for parts photographed several times under any name.
-        fixed: Stems of some splits, written compactly (see ``expand_stems``); all others are train. Used by ``auto`` when
-            every one of them is there.
+        fixed: Stems of some splits, written compactly (see ``expand_stems``); all others are train. Used by ``auto``
+            when every one of them is there.
     """
 
     method: Method = "auto"
@@ -92,8 +93,9 @@ def parse_split(text: str, seed: int = 0, group: str | None = None) -> SplitSpec
         ConfigError: None of these.
     """
     base = SplitSpec(seed=seed, group=group)
-    if text in {"auto", "published", "random"}:
-        return replace(base, method=text)
+    words: dict[str, Method] = {"auto": "auto", "published": "published", "random": "random"}
+    if text in words:
+        return replace(base, method=words[text])
     numbers = re.split(r"[/:,]", text)
     if numbers[0] == "kfold" and len(numbers) in {2, 3} and all(n.isdigit() for n in numbers[1:]):
         return replace(base, method="kfold", folds=int(numbers[1]), fold=int(numbers[2]) if len(numbers) == 3 else 0)
@@ -104,7 +106,8 @@ def parse_split(text: str, seed: int = 0, group: str | None = None) -> SplitSpec
     if Path(text).is_dir():
         return replace(base, method="lists", lists=Path(text))
     raise ConfigError(
-        f"split={text}: not understood; use auto, published, 0.8/0.1/0.1, kfold:5:0 or a folder with train.txt and val.txt"
+        f"split={text}: not understood; use auto, published, 0.8/0.1/0.1, kfold:5:0 "
+        "or a folder that holds train.txt and val.txt"
     )
 
 

@@ -218,7 +218,7 @@ def _light(rng: np.random.Generator, n: int) -> Image:
 def _blob(
     rng: np.random.Generator, n: int, region: Region, cell: tuple[float, float], ragged: float, power: int = 2
 ) -> Mask:
-    """Return an ellipse-like mask inside ``region`` with a noisy outline; a higher ``power`` is more like a rectangle."""
+    """Return an ellipse-like mask inside ``region`` with a noisy outline; a higher ``power`` is squarer."""
     x, y, w, h = region
     across = np.abs((np.arange(n, dtype=np.float32) + 0.5 - np.float32(x + w / 2)) / np.float32(w / 2))
     along = np.abs((np.arange(n, dtype=np.float32) + 0.5 - np.float32(y + h / 2)) / np.float32(h / 2))

@@ -1,7 +1,7 @@
 """Built-in data set ``steel-synth``: grey images of six NEU-like defect classes, made in seconds, with true boxes.
 
-It exists so that a newcomer, the demo and the tests can train without any download. It imitates the look of NEU-DET (hot-
-rolled steel strip, 200x200 pixels, the same six classes in the same order) but is no substitute for it.
+It exists so that a newcomer, the demo and the tests can train without any download. It imitates the look of NEU-DET
+(hot-rolled steel strip, 200x200 pixels, the same six classes in the same order) but is no substitute for it.
 The same arguments give the same bytes on the same machine and package versions.
 """
 
@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_yolo.data.layout import SPLITS, built_aside, write_data_yaml, write_labels
-from kd_yolo.data.steel import DRAW, STYLES, Image, Region, distract, surface
 from kd_yolo.data.progress import Progress, silent
+from kd_yolo.data.steel import DRAW, STYLES, Image, Region, distract, surface
 from kd_yolo.errors import ConfigError, DataError
 from kd_yolo.files import write_json
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from kd_yolo.data.datayaml import DataYaml, label_path, load_data_yaml
@@ -70,13 +69,14 @@ def _label_problems(data: DataYaml, yaml: Path, split: str, images: list[Path]) 
 def _image_problems(files: list[Path]) -> list[str]:
     progress = stderr_progress("checking images") if len(files) >= MANY_IMAGES else silent
     problems = []
-    for done, (file, result) in enumerate(in_threads(partial(_decodes), files), 1):
+    for done, (file, result) in enumerate(in_threads(_decodes, files), 1):
         if isinstance(result, BadImageError):
             problems.append(f"{file}: {result}; replace the image or take it out of the data set")
         progress(done, len(files))
     return problems
 
 
-def _decodes(file: Path) -> None:
+def _decodes(file: Path) -> bool:
     """Decode and throw away: only the failure matters, and the pixels of a whole data set would not fit in memory."""
     decode(file)
+    return True

@@ -96,7 +96,8 @@ class KDModel(DistillationModel):
         Raises:
             DistillationError: The first step's self-check failed.
         """
-        if not self.training or not self._teacher:
+        switched_off = self.factor == 0 and self._checked and not self.balance_due
+        if not self.training or not self._teacher or switched_off:  # then the teacher need not run at all
             preds = self.student_model(batch["img"]) if preds is None else preds
             regular, items = self.student_model.loss(batch, preds)
             zero = torch.zeros(len(self.term_names), device=regular.device)

@@ -11,7 +11,7 @@ from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils import LOGGER
 
 from kd_yolo.checkpoints import load_model
-from kd_yolo.config import MethodFile, TrainConfig, validate
+from kd_yolo.config import MethodFile, TrainConfig, stock_keys, validate
 from kd_yolo.data.validate import validate_for_training
 from kd_yolo.distill.base import load_method, parse_args
 from kd_yolo.distill.schedule import Schedule
@@ -24,7 +24,9 @@ from kd_yolo.resources import find, load_yaml
 WEAK_TEACHER_MAP50 = 0.05
 
 
-def resolve_method(config: TrainConfig, groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def resolve_method(
+    config: TrainConfig, groups: Mapping[str, Mapping[str, Any]], stock: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the method with file, then command-line arguments applied, all validated.
 
     Raises:
@@ -44,7 +46,9 @@ def resolve_method(config: TrainConfig, groups: Mapping[str, Mapping[str, Any]])
     arguments = {**method.args, **groups["kd"]}
     schedule = {**method.schedule, **groups["schedule"]}
     parse_args(method.name, arguments)
-    validate(Schedule, schedule, where="schedule")
+    defaults = stock_keys()
+    epochs, tail = (int(stock.get(key, defaults[key])) for key in ("epochs", "close_mosaic"))
+    validate(Schedule, schedule, where="schedule").active_epochs(max(epochs, 1), tail)
     balance = config.balance if config.balance is not None else method.balance
     return {"name": method.name, "args": arguments, "schedule": schedule, "balance": balance}
 

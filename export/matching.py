@@ -1,0 +1,91 @@
+"""Compare the outputs of two detectors: pairs of detections, and selections that may break ties differently."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from ultralytics.utils.metrics import box_iou
+
+from kd_yolo.inference import NMS_IOU, RawOutputs, detections
+
+MATCH_IOU = 0.99
+
+
+@dataclass(frozen=True)
+class GraphOutput:
+    """What the output of a graph holds.
+
+    Attributes:
+        kind: ``raw`` for all anchors (B, 4 + K, A), centre-size boxes; ``rows`` for selected detections (B, n, 6).
+        nms: Whether the head branch behind it needs NMS (inside or outside of the graph).
+        confidence: Lowest score that an NMS inside the graph lets through; 0 without one.
+        iou: Overlap bound of an NMS inside the graph.
+    """
+
+    kind: str
+    nms: bool
+    confidence: float = 0.0
+    iou: float = NMS_IOU
+
+
+def match_detections(reference: Tensor, artifact: Tensor) -> list[float]:
+    """Pair detections (n, 6) and (m, 6) of one image one to one, same class, IoU >= 0.99, best overlap first.
+
+    Returns:
+        The IoU of every pair.
+    """
+    overlap = box_iou(reference[:, :4], artifact[:, :4])
+    overlap[reference[:, None, 5] != artifact[None, :, 5]] = 0.0
+    pairs = [(float(overlap[i, j]), i, j) for i, j in (overlap >= MATCH_IOU).nonzero().tolist()]
+    rows: set[int] = set()
+    columns: set[int] = set()
+    found: list[float] = []
+    for value, row, column in sorted(pairs, key=lambda pair: -pair[0]):
+        if row not in rows and column not in columns:
+            rows.add(row)
+            columns.add(column)
+            found.append(value)
+    return found
+
+
+def compare_rows(raw: RawOutputs, rows: Sequence[Tensor], output: GraphOutput) -> tuple[float, float]:
+    """Compare selected detections with everything the reference says, however the selection broke its ties.
+
+    Every row must be one of the reference's (anchor, class) pairs. Without NMS the sorted scores must agree too: which
+    of two equal scores comes first is open, the list of scores is not.
+
+    Args:
+        raw: The reference's raw outputs for B images.
+        rows: The graph's detections, B tensors (n, 6).
+        output: How the graph selects.
+
+    Returns:
+        Largest distance of a row's box to its pair in pixels, and largest difference of scores.
+    """
+    box_error = score_error = 0.0
+    expected = detections(raw, output.nms, output.confidence, output.iou)
+    for boxes, scores, found, wanted in zip(raw.boxes, raw.scores, rows, expected, strict=True):
+        if not output.nms:
+            n = min(len(found), len(wanted))
+            ours, theirs = (rows[:, 4].sort(descending=True).values[:n] for rows in (found, wanted))
+            score_error = worse(score_error, float((ours - theirs).abs().max()) if n else 0.0)
+        if len(found):
+            box, score = _nearest_pair(boxes, scores, found)
+            box_error, score_error = worse(box_error, box), worse(score_error, score)
+    return box_error, score_error
+
+
+def worse(a: float, b: float) -> float:
+    """Return the larger number, or NaN if either is."""
+    return float("nan") if a != a or b != b else max(a, b)
+
+
+def _nearest_pair(boxes: Tensor, scores: Tensor, found: Tensor) -> tuple[float, float]:
+    """Return the largest box and score distance of rows (n, 6) to the nearest of (A, 4) boxes with (A, K) scores."""
+    scale = boxes.abs().max().clamp_min(1.0)
+    box = (boxes[None] - found[:, None, :4]).abs().amax(2)
+    score = (scores.T[found[:, 5].long()] - found[:, None, 4]).abs()
+    nearest = (box / scale + score).argmin(1, keepdim=True)
+    return float(box.gather(1, nearest).max()), float(score.gather(1, nearest).max())
