@@ -46,7 +46,15 @@ class Job:
 
 def main() -> None:
     """Run what is missing, then write the table."""
-    values = {"imgsz": 128, "epochs": 8, "batch": 32, "seeds": "0,1,2", "jobs": 2, "data": "neu", "out": "runs/neu-study"}
+    values = {
+        "imgsz": 128,
+        "epochs": 8,
+        "batch": 32,
+        "seeds": "0,1,2",
+        "jobs": 2,
+        "data": "neu",
+        "out": "runs/neu-study",
+    }
     values |= parse_pairs(sys.argv[1:])
     out = Path(str(values["out"])).resolve()
     seeds = [int(s) for s in str(values["seeds"]).strip("[]").split(",")]
@@ -60,7 +68,14 @@ def main() -> None:
 def plan(values: dict[str, Any], seed: int) -> list[Job]:
     """Return one seed's jobs."""
     epochs, weights = int(values["epochs"]), str(Path(str(values["weights"])).resolve())
-    common = {"data": values["data"], "imgsz": values["imgsz"], "batch": values["batch"], "seed": seed, "cache": "ram", "close_mosaic": epochs // 4}
+    common = {
+        "data": values["data"],
+        "imgsz": values["imgsz"],
+        "batch": values["batch"],
+        "seed": seed,
+        "cache": "ram",
+        "close_mosaic": epochs // 4,
+    }
     common |= {"plots": False, "export": "none", "benchmark": False, "device": "cpu"}
     light = {"model": "lightnet-s", "pretrained": weights}
     both = {"teacher": "teacher/weights/best.pt", "student": "student/weights/best.pt"}
@@ -68,7 +83,9 @@ def plan(values: dict[str, Any], seed: int) -> list[Job]:
     return [
         Job(f"self-s{seed}", {**common, **light, "epochs": epochs, "teacher": "self"}, both),
         Job(f"control-s{seed}", {**common, **light, "epochs": 2 * epochs, "teacher": "none"}, {"control": last}),
-        Job(f"yolo26n-s{seed}", {**common, "model": weights, "epochs": 2 * epochs, "teacher": "none"}, {"yolo26n": last}),
+        Job(
+            f"yolo26n-s{seed}", {**common, "model": weights, "epochs": 2 * epochs, "teacher": "none"}, {"yolo26n": last}
+        ),
         Job(
             f"surgery-s{seed}",
             {**common, "model": weights, "reparam": "qarep", "epochs": 2 * epochs, "teacher": "none"},
@@ -94,7 +111,11 @@ def run(job: Job, values: dict[str, Any], out: Path) -> None:
             keys = {"model": folder / checkpoint, "data": values["data"], "imgsz": values["imgsz"], "split": "test"}
             words = [f"{k}={v}" for k, v in {**keys, "batch": 16, "device": "cpu", "json": "true"}.items()]
             done = subprocess.run(
-                [sys.executable, "-m", "kd_yolo", "val", *words], check=True, env=environment, capture_output=True, text=True
+                [sys.executable, "-m", "kd_yolo", "val", *words],
+                check=True,
+                env=environment,
+                capture_output=True,
+                text=True,
             )
             write_json(result, json.loads(done.stdout.splitlines()[-1]))
 
@@ -114,7 +135,9 @@ def write_table(values: dict[str, Any], seeds: list[int], out: Path) -> None:
             lines.append(f"| {name} | {cells[0]} | {cells[1]} | {len(rows[name]['mAP50'])} |")
     setting = {k: values[k] for k in ("imgsz", "epochs", "batch", "data")}
     target = Path(__file__).with_suffix(".json")
-    write_json(target, {"command": " ".join(["python", *_public(sys.argv)]), "setting": setting, "seeds": seeds, "rows": rows})
+    write_json(
+        target, {"command": " ".join(["python", *_public(sys.argv)]), "setting": setting, "seeds": seeds, "rows": rows}
+    )
     write_text(target.with_suffix(".md"), "\n".join(lines) + "\n")
     print("\n".join(lines))
 

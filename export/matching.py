@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from ultralytics.utils.metrics import box_iou
 
-from kd_yolo.inference import NMS_IOU, RawOutputs, detections
+from kd_yolo.inference import MAX_DETECTIONS, NMS_IOU, RawOutputs, detections
 
 MATCH_IOU = 0.99
 
@@ -30,24 +30,55 @@ class GraphOutput:
     iou: float = NMS_IOU
 
 
-def match_detections(reference: Tensor, artifact: Tensor) -> list[float]:
+@dataclass(frozen=True)
+class Match:
+    """How the detections of one image pair up.
+
+    Attributes:
+        ious: IoU of every pair of the same class, all >= 0.99.
+        alone: Detections of either side without a partner, and without an excuse.
+        excused: Detections without a partner that rounding explains: their score ties with that of the overlapping box
+            which the other side kept instead, or lies at the cut below which nothing is kept.
+    """
+
+    ious: list[float]
+    alone: int
+    excused: int
+
+
+def match_detections(reference: Tensor, artifact: Tensor, cut: float, tie: float, iou: float = NMS_IOU) -> Match:
     """Pair detections (n, 6) and (m, 6) of one image one to one, same class, IoU >= 0.99, best overlap first.
 
-    Returns:
-        The IoU of every pair.
+    Args:
+        reference: x1, y1, x2, y2, score, class; best first.
+        artifact: The same of the other side.
+        cut: Lowest score that a detection may have.
+        tie: Difference of scores that rounding explains.
+        iou: Overlap bound of NMS.
     """
     overlap = box_iou(reference[:, :4], artifact[:, :4])
     overlap[reference[:, None, 5] != artifact[None, :, 5]] = 0.0
     pairs = [(float(overlap[i, j]), i, j) for i, j in (overlap >= MATCH_IOU).nonzero().tolist()]
     rows: set[int] = set()
     columns: set[int] = set()
-    found: list[float] = []
+    ious: list[float] = []
     for value, row, column in sorted(pairs, key=lambda pair: -pair[0]):
         if row not in rows and column not in columns:
             rows.add(row)
             columns.add(column)
-            found.append(value)
-    return found
+            ious.append(value)
+    apart = (reference[:, None, 4] - artifact[None, :, 4]).abs()
+    tied = (overlap > iou) & (apart <= tie)
+    left = [(reference, tied.any(1), rows, artifact), (artifact, tied.any(0), columns, reference)]
+    alone = excused = 0
+    for side, has_tie, paired, other in left:
+        lowest = max(cut, float(other[:, 4].min())) if len(other) == MAX_DETECTIONS else cut
+        for index in set(range(len(side))) - paired:
+            if bool(has_tie[index]) or float(side[index, 4]) <= lowest + tie:
+                excused += 1
+            else:
+                alone += 1
+    return Match(ious, alone, excused)
 
 
 def compare_rows(raw: RawOutputs, rows: Sequence[Tensor], output: GraphOutput) -> tuple[float, float]:

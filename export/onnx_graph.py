@@ -55,6 +55,7 @@ def finish_graph(path: Path, provenance: dict[str, Any]) -> dict[str, int]:
     import onnx
 
     graph = onnx.load(path)
+    sort_nodes(graph.graph)
     entry = graph.metadata_props.add()
     entry.key, entry.value = METADATA_KEY, json.dumps({"version": kd_yolo.__version__, **provenance}, default=str)
     try:
@@ -65,6 +66,39 @@ def finish_graph(path: Path, provenance: dict[str, Any]) -> dict[str, int]:
     opset = next(item.version for item in graph.opset_import if item.domain in {"", "ai.onnx"})
     kinds = [node.op_type for node in graph.graph.node]
     return {"opset": int(opset), "nodes": len(kinds), "convolutions": kinds.count("Conv")}
+
+
+def sort_nodes(graph: Any) -> None:
+    """Put the nodes of a graph in the order that ONNX demands, each after what it reads; an ordered graph stays as it is.
+
+    The float16 converter of ONNX Runtime appends its casts at the end, which its own loader forgives and others do not.
+    """
+    made = {name for node in graph.node for name in node.output}
+    waiting, ordered, known = list(graph.node), [], {""}
+    while waiting:
+        ready = []
+        for node in waiting:
+            if all(name in known or name not in made for name in _reads(node)):
+                ready.append(node)
+                known.update(node.output)
+        if not ready:
+            raise ExportError("the exported graph has a cycle; please report this with the model")
+        taken = {id(node) for node in ready}
+        ordered += ready
+        waiting = [node for node in waiting if id(node) not in taken]
+    nodes = [type(node).FromString(node.SerializeToString()) for node in ordered]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _reads(node: Any) -> list[str]:
+    """Return the names that a node reads, those of its subgraphs included."""
+    names = list(node.input)
+    for attribute in node.attribute:
+        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+            for inner in graph.node:
+                names += _reads(inner)
+    return names
 
 
 def backend_versions() -> dict[str, str]:

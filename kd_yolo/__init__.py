@@ -1,4 +1,4 @@
-"""Small defect detectors with a big one's accuracy: distillation, re-parameterization and checked deployment for YOLO."""
+"""Small, accurate defect detectors: distillation, re-parameterization and checked deployment for Ultralytics YOLO."""
 
 from __future__ import annotations
 

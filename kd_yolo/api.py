@@ -29,8 +29,8 @@ MODEL_FILES = {".pt", ".onnx", ".engine", ".xml", ".torchscript", ".yaml", ".yml
 class KDYOLO(YOLO):
     """An Ultralytics model with distillation, re-parameterized students and checked deployment.
 
-    Everything of ``ultralytics.YOLO`` works; training takes kd-yolo's keys too, validation and prediction use the square
-    training canvas, and checkpoints are loaded restricted.
+    Everything of ``ultralytics.YOLO`` works. Training takes kd-yolo's keys too, validation and prediction use the
+    square training canvas, and checkpoints are loaded restricted.
 
     Examples:
         >>> model = KDYOLO("lightnet-s")
@@ -73,7 +73,7 @@ class KDYOLO(YOLO):
             }
         }
 
-    def train(self, **kwargs: Any) -> TrainReport:  # type: ignore[override]
+    def train(self, **kwargs: Any) -> TrainReport:
         """Train, with kd-yolo's and Ultralytics' keys, and load the best student.
 
         Args:
@@ -92,13 +92,13 @@ class KDYOLO(YOLO):
         self._load(str(report.best), task="detect")
         return report
 
-    def val(self, **kwargs: Any) -> Any:  # type: ignore[override]
+    def val(self, **kwargs: Any) -> Any:
         """Validate on the square canvas (``rect=False``), where exported files are judged too."""
         if kwargs.get("data"):
             kwargs["data"] = str(resolve_dataset(str(kwargs["data"])))
         return super().val(**{"rect": False, "plots": False, **kwargs})
 
-    def predict(self, source: Any = None, stream: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
+    def predict(self, source: Any = None, stream: bool = False, **kwargs: Any) -> Any:
         """Detect on the square canvas, so that ``.pt`` and exported files return the same boxes."""
         return super().predict(source, stream, **{"rect": False, **kwargs})
 
@@ -108,7 +108,7 @@ class KDYOLO(YOLO):
 
         return deploy(self._checkpoint("deploy"), out=None if out is None else Path(out), nms=nms, trust=self._trust)
 
-    def export(self, format: str = "onnx", **kwargs: Any) -> ExportReport:  # type: ignore[override]
+    def export(self, format: str = "onnx", **kwargs: Any) -> ExportReport:
         """Deploy, export and prove the file equal; see ``kd_yolo.export.export``."""
         from kd_yolo.export import export
 
@@ -116,7 +116,7 @@ class KDYOLO(YOLO):
             kwargs["data"] = str(resolve_dataset(str(kwargs["data"])))
         return export(self._checkpoint("export"), format=format, trust=self._trust, **kwargs)
 
-    def benchmark(self, *others: str | Path, **kwargs: Any) -> BenchReport:  # type: ignore[override]
+    def benchmark(self, *others: str | Path, **kwargs: Any) -> BenchReport:
         """Time this file beside others; see ``kd_yolo.bench.benchmark``."""
         from kd_yolo.bench import benchmark
 
@@ -134,5 +134,5 @@ class KDYOLO(YOLO):
 
     def _checkpoint(self, what: str) -> Path:
         if not self.ckpt_path:
-            raise ModelError(f"{self.model_name} is not trained: there is no checkpoint to {what}; train it or load a .pt")
+            raise ModelError(f"{self.model_name} is not trained: no checkpoint to {what}; train it or load a .pt file")
         return Path(str(self.ckpt_path))

@@ -215,7 +215,8 @@ def overview() -> str:
 def command_help(name: str) -> str:
     """Return the help text of one command."""
     command = COMMANDS[name]
-    lines = [f"usage: kd-yolo {name} {command.usage}".rstrip(), "", f"{command.summary[0].upper()}{command.summary[1:]}."]
+    sentence = f"{command.summary[0].upper()}{command.summary[1:]}."
+    lines = [f"usage: kd-yolo {name} {command.usage}".rstrip(), "", sentence]
     keys = {**command.keys, "json": "print one JSON object [false]"}
     width = min(max(len(key) for key in keys), 28)
     lines += ["", *(f"  {key:<{width}}  {text}" for key, text in keys.items())]

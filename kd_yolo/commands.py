@@ -183,7 +183,7 @@ def data(*arguments: Any) -> Outcome:
     from kd_yolo.data_commands import SUBCOMMANDS
 
     if len(arguments) == 1:
-        raise ConfigError(f"data needs a word: {', '.join(SUBCOMMANDS)}; for example kd-yolo data check data=steel-synth")
+        raise ConfigError(f"data needs a word: {', '.join(SUBCOMMANDS)}; for example data check data=steel-synth")
     name, values = arguments
     if name not in SUBCOMMANDS:
         raise ConfigError(f"data: unknown word '{name}'{nearest(name, SUBCOMMANDS)} (known: {', '.join(SUBCOMMANDS)})")
@@ -208,14 +208,15 @@ def demo(values: Mapping[str, Any]) -> Outcome:
 
 
 def _keys(schema: Any, values: Mapping[str, Any], command: str) -> Any:
-    plain = {key: value if value is None or isinstance(value, (bool, int, list)) else str(value) for key, value in values.items()}
+    as_given = (bool, int, list, type(None))
+    plain = {key: value if isinstance(value, as_given) else str(value) for key, value in values.items()}
     return validate(schema, plain, where=command)
 
 
 def _model_and_rest(values: Mapping[str, Any], command: str, needs: str) -> tuple[Any, dict[str, Any]]:
     refuse_unknown(values, ["model", "data", "source", "trust", *stock_keys()], command)
     for key in ("model", needs):
-        if values.get(key) in {None, ""}:
+        if values.get(key) in (None, ""):
             raise ConfigError(f"{command}: missing key '{key}'; see kd-yolo {command} --help")
     from kd_yolo.api import KDYOLO
 

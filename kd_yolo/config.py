@@ -105,7 +105,8 @@ def validate(schema: type[ModelT], values: Mapping[str, Any], where: str = "") -
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"{prefix}unknown key '{key}'{nearest(key, schema.model_fields)}") from error
         if first["type"] == "missing":
-            raise ConfigError(f"{prefix}missing key '{key}': {schema.model_fields[key].description or 'needed'}") from error
+            meaning = schema.model_fields[key].description or "needed"
+            raise ConfigError(f"{prefix}missing key '{key}': {meaning}") from error
         raise ConfigError(f"{prefix}{key}={first.get('input')!r} is not valid: {first['msg']}") from error
 
 
@@ -120,7 +121,7 @@ def stock_keys() -> dict[str, Any]:
 
 
 def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
-    """Parse ``key=value`` words; values are read as YAML scalars or lists, so ``5``, ``true``, ``0.1``, ``[0, 1]`` work.
+    """Parse ``key=value`` words; values are YAML scalars or lists, so ``5``, ``true``, ``0.1``, ``[0, 1]`` work.
 
     Raises:
         ConfigError: A word without ``=``, an empty key, or a key given twice.

@@ -117,7 +117,9 @@ def split(values: Mapping[str, Any]) -> Outcome:
     from kd_yolo.data.splits import parse_split
 
     if keys.split in {"auto", "published"}:
-        raise ConfigError(f"data split: split={keys.split} would change nothing; use 0.8/0.1/0.1, kfold:5:0 or a folder of lists")
+        raise ConfigError(
+            f"data split: split={keys.split} changes nothing; use 0.8/0.1/0.1, kfold:5:0 or a folder of lists"
+        )
     report = run(
         "yolo",
         resolve_dataset(keys.data),

@@ -111,7 +111,9 @@ def _memory() -> Finding:
 
     free_gb = psutil.virtual_memory().available / 1e9
     detail = f"{free_gb:.1f} GB free"
-    return Finding("memory", "ok", detail) if free_gb > 2 else Finding("memory", "problem", f"{detail}; 2 GB are needed")
+    return (
+        Finding("memory", "ok", detail) if free_gb > 2 else Finding("memory", "problem", f"{detail}; 2 GB are needed")
+    )
 
 
 def _folder(what: str, folder: Path) -> Finding:

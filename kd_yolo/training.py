@@ -208,7 +208,8 @@ def _finish(report: TrainReport, plan: Mapping[str, Any]) -> TrainReport:
         if config.benchmark:
             from kd_yolo.bench import benchmark
 
-            rows = benchmark(list(report.artifacts.values()), imgsz=imgsz, data=config.data, out=report.run_dir / "benchmark")
+            files, out = list(report.artifacts.values()), report.run_dir / "benchmark"
+            rows = benchmark(files, imgsz=imgsz, data=config.data, out=out)
             LOGGER.info("\n" + rows.to_markdown())
             report = TrainReport(report.run_dir, report.best, report.phases, report.artifacts, rows.to_dict())
     except KDYoloError as error:

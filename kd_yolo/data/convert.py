@@ -129,23 +129,12 @@ def convert(
         OutputError: ``out`` cannot be written.
     """
     start = time.perf_counter()
-    if from_ not in FORMATS:
-        raise ConfigError(f"from={from_}: not known; use one of {', '.join(FORMATS)}{nearest(from_, FORMATS)}")
-    if mode not in {"copy", "link"}:
-        raise ConfigError(f"mode={mode}: not known; use copy or link")
-    if not src.is_dir():
-        raise DataError(f"src={src}: no such folder; give the folder that holds the raw data")
-    if _inside(out, src):
-        raise ConfigError(f"out={out}: lies inside src={src}; choose a folder outside it")
-    check_replaceable(out)
+    _check_arguments(from_, src, out, mode)
     reading = _read(from_, src, origin, min_area, threshold)
     order = _class_order(from_, reading, names, src)
     sizes = _sizes(reading, src)
-    spec = split or SplitSpec()
-    if spec.method == "auto" and spec.lists is None and (src / "splits" / "train.txt").is_file():
-        spec = replace(spec, lists=src / "splits")
     items = _items(reading.samples, src)
-    chosen = assign(items, spec)
+    chosen = assign(items, _with_lists(split or SplitSpec(), src))
     for key in chosen.left_out:
         reading.problem("image in no split list (left out)", key)
     report = ConversionReport(out.absolute(), out.absolute() / "data.yaml", from_, src.absolute())
@@ -157,8 +146,23 @@ def convert(
     return report
 
 
-def _inside(out: Path, src: Path) -> bool:
-    return out.resolve().is_relative_to(src.resolve())
+def _check_arguments(from_: str, src: Path, out: Path, mode: str) -> None:
+    if from_ not in FORMATS:
+        raise ConfigError(f"from={from_}: not known; use one of {', '.join(FORMATS)}{nearest(from_, FORMATS)}")
+    if mode not in {"copy", "link"}:
+        raise ConfigError(f"mode={mode}: not known; use copy or link")
+    if not src.is_dir():
+        raise DataError(f"src={src}: no such folder; give the folder that holds the raw data")
+    if out.resolve().is_relative_to(src.resolve()):
+        raise ConfigError(f"out={out}: lies inside src={src}; choose a folder outside it")
+    check_replaceable(out)
+
+
+def _with_lists(spec: SplitSpec, src: Path) -> SplitSpec:
+    """Let ``auto`` use the lists that lie beside the raw data."""
+    if spec.method == "auto" and spec.lists is None and (src / "splits" / "train.txt").is_file():
+        return replace(spec, lists=src / "splits")
+    return spec
 
 
 def _read(from_: str, src: Path, origin: Origin, min_area: int, threshold: int) -> Reading:

@@ -135,6 +135,8 @@ def _resolve_builtin(name: str, file: Path, root: Path) -> Path:
     if (home / "data.yaml").is_file() and not (home / MARKER).is_file():
         return _resolve_user(home / "data.yaml", root)  # converted by other means: the user's own
     raw = _find_raw(spec.raw, root)
+    if raw is not None and home.exists() and raw.samefile(home):
+        home = root / f"{name}-yolo"  # the published folder has the name that the converted one would get
     if _is_done(home, spec.raw, raw):
         return _at_home(home)
     if raw is None:

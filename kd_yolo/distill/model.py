@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from ultralytics.nn.distill_model import DistillationModel
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import copy_attr
 
@@ -38,8 +39,8 @@ class KDModel(DistillationModel):
 
     def __init__(
         self,
-        teacher: nn.Module,
-        student: nn.Module,
+        teacher: DetectionModel,
+        student: DetectionModel,
         method: DistillMethod,
         class_known: Tensor | None = None,
         balance: float | None = None,
@@ -56,9 +57,9 @@ class KDModel(DistillationModel):
         nn.Module.__init__(self)  # not the parent's: its hooks, projector and dummy forward are what this class avoids
         device = next(student.parameters()).device
         copy_attr(self, student)
-        self.student_model = student
-        self.projector = method.to(device)
-        self._teacher: tuple[nn.Module, ...] = (teacher.eval().to(device),)  # a tuple hides it from nn.Module
+        self.student_model: DetectionModel = student
+        self.projector: DistillMethod = method.to(device)
+        self._teacher: tuple[DetectionModel, ...] = (teacher.eval().to(device),)  # a tuple hides it from nn.Module
         self.class_known = None if class_known is None else class_known.to(device)
         self.strides = common_strides(student, teacher)
         self.reads = method.reads
@@ -74,12 +75,12 @@ class KDModel(DistillationModel):
         self.teacher_feats_idx = self.get_distill_layers(teacher)
 
     @property
-    def teacher_model(self) -> nn.Module | None:
+    def teacher_model(self) -> DetectionModel | None:
         """The frozen teacher, or None in copies (EMA, checkpoints)."""
         return self._teacher[0] if self._teacher else None
 
     @teacher_model.setter
-    def teacher_model(self, value: nn.Module | None) -> None:
+    def teacher_model(self, value: DetectionModel | None) -> None:
         self._teacher = () if value is None else (value,)
 
     def loss(self, batch: Mapping[str, Any], preds: Any = None) -> tuple[Tensor, dict[str, Tensor]]:

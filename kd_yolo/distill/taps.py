@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from ultralytics.nn.modules.head import Detect
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.tal import make_anchors
 
 from kd_yolo.distill.base import DetectorSpec, LevelSpec, Taps
 from kd_yolo.errors import TeacherError
 
 
-def detect_head(model: nn.Module) -> Detect:
+def detect_head(model: DetectionModel) -> Detect:
     """Return the Detect head of a detector.
 
     Raises:
@@ -30,7 +31,7 @@ def detect_head(model: nn.Module) -> Detect:
     return head
 
 
-def describe(model: nn.Module, strides: Sequence[int] | None = None) -> DetectorSpec:
+def describe(model: DetectionModel, strides: Sequence[int] | None = None) -> DetectorSpec:
     """Return levels, classes and box bins of a detector.
 
     Args:
@@ -43,7 +44,7 @@ def describe(model: nn.Module, strides: Sequence[int] | None = None) -> Detector
     return DetectorSpec(levels=levels, num_classes=int(head.nc), reg_max=int(head.reg_max))
 
 
-def common_strides(student: nn.Module, teacher: nn.Module) -> list[int]:
+def common_strides(student: DetectionModel, teacher: DetectionModel) -> list[int]:
     """Return the strides both detectors have, finest first.
 
     Raises:
@@ -71,7 +72,7 @@ def student_taps(preds: Mapping[str, Any], head: Detect, strides: Sequence[int])
     )
 
 
-def teacher_taps(teacher: nn.Module, images: Tensor, reads: frozenset[str], strides: Sequence[int]) -> Taps:
+def teacher_taps(teacher: DetectionModel, images: Tensor, reads: frozenset[str], strides: Sequence[int]) -> Taps:
     """Run a frozen teacher up to what a method reads.
 
     Args:
@@ -90,11 +91,11 @@ def teacher_taps(teacher: nn.Module, images: Tensor, reads: frozenset[str], stri
     scores = branch(head.cv3) if "scores" in reads else nothing
     boxes = branch(head.cv2) if "boxes" in reads else nothing
     one2one_layers = getattr(head, "one2one_cv3", None)
-    wants_one2one = "scores_one2one" in reads and one2one_layers is not None
-    return _select(feats, scores, boxes, branch(one2one_layers) if wants_one2one else None, head, strides)
+    one2one = branch(one2one_layers) if one2one_layers is not None and "scores_one2one" in reads else None
+    return _select(feats, scores, boxes, one2one, head, strides)
 
 
-def neck_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
+def neck_maps(model: DetectionModel, images: Tensor) -> list[Tensor]:
     """Run a detector up to its head and return the maps that enter it, L x (B, C_l, H_l, W_l)."""
     outputs: list[Tensor | None] = []
     x: Any = images
@@ -108,7 +109,9 @@ def neck_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
     raise TeacherError("the model has no Detect head; only detectors with one can be distilled")
 
 
-def select_anchors(values: Tensor, feats: Sequence[Tensor], head_strides: Sequence[int], strides: Sequence[int]) -> Tensor:
+def select_anchors(
+    values: Tensor, feats: Sequence[Tensor], head_strides: Sequence[int], strides: Sequence[int]
+) -> Tensor:
     """Keep the anchors, along the last dimension, of the levels with the given strides."""
     if list(head_strides) == list(strides):
         return values

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from ultralytics.nn.modules.conv import Conv, Conv2
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import fuse_conv_and_bn
 
 from kd_yolo.checkpoints import load_model
@@ -46,7 +47,7 @@ class ClassMap:
         return text + (f", not known to the teacher and masked: {', '.join(self.missing)}" if self.missing else "")
 
 
-def load_teacher(path: Path, trust: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+def load_teacher(path: Path, trust: bool = False) -> tuple[DetectionModel, dict[str, Any]]:
     """Load a teacher checkpoint as a float32 detector in eval mode.
 
     Raises:
@@ -80,7 +81,7 @@ def map_classes(student: Mapping[int, str], teacher: Mapping[int, str]) -> Class
 
 
 @torch.no_grad()
-def prepare_teacher(model: nn.Module, class_map: ClassMap) -> nn.Module:
+def prepare_teacher(model: DetectionModel, class_map: ClassMap) -> DetectionModel:
     """Return a frozen copy of a teacher that speaks the student's classes and has as few operations as possible.
 
     Branches are merged and every BatchNorm is folded, which a frozen network in eval mode allows exactly; both head
@@ -101,12 +102,12 @@ def prepare_teacher(model: nn.Module, class_map: ClassMap) -> nn.Module:
         if isinstance(module, Conv) and not isinstance(module, Conv2) and hasattr(module, "bn"):
             module.conv = fuse_conv_and_bn(module.conv, module.bn)
             del module.bn
-            module.forward = module.forward_fuse  # type: ignore[method-assign]
+            module.forward = module.forward_fuse
     teacher.criterion = None
     return teacher.requires_grad_(False)
 
 
-def _has_rep_blocks(model: nn.Module) -> bool:
+def _has_rep_blocks(model: DetectionModel) -> bool:
     from kd_yolo.nn.blocks import RepBlock
 
     return any(isinstance(module, RepBlock) for module in model.modules())
@@ -115,7 +116,8 @@ def _has_rep_blocks(model: nn.Module) -> bool:
 def _map_rows(conv: nn.Conv2d, index: tuple[int, ...]) -> nn.Conv2d:
     mapped = nn.Conv2d(conv.in_channels, len(index), 1).to(conv.weight)
     mapped.weight.zero_()
-    assert mapped.bias is not None and conv.bias is not None  # a head's last convolution always has one
+    assert mapped.bias is not None
+    assert conv.bias is not None  # a head's last convolution always has one
     mapped.bias.fill_(UNKNOWN_CLASS_LOGIT)
     for row, source in enumerate(index):
         if source >= 0:

@@ -1,4 +1,4 @@
-"""From a recipe to a wrapped model: load the teacher, match it to the student, build the method, log what was matched."""
+"""From a recipe to a wrapped model: load the teacher, match it to the student, build the method, log the match."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
 from kd_yolo.config import Recipe
@@ -18,7 +18,7 @@ from kd_yolo.errors import TeacherError
 from kd_yolo.files import sha256
 
 
-def wrap_student(student: nn.Module, recipe: Recipe, names: Mapping[int, str], seed: int = 0) -> KDModel:
+def wrap_student(student: DetectionModel, recipe: Recipe, names: Mapping[int, str], seed: int = 0) -> KDModel:
     """Put a student beside its recipe's teacher.
 
     The global random streams are left as they were, so that a recipe whose weights are all zero repeats plain training.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
@@ -69,7 +68,7 @@ def student_spec(
 
 
 def build_student(
-    cfg: Any, weights: nn.Module | None, nc: int, ch: int, names: Mapping[int, str] | None, verbose: bool
+    cfg: Any, weights: DetectionModel | None, nc: int, ch: int, names: Mapping[int, str] | None, verbose: bool
 ) -> DetectionModel | None:
     """Build the model a trainer asks for and load what it can start from.
 
@@ -99,7 +98,9 @@ def build_student(
         model.load(weights)
         assert plan is not None
         count = reparameterize(model, plan.reparam)
-        LOGGER.info(f"{count} convolutions re-parameterized ({plan.reparam}); the network starts at the pretrained function")
+        LOGGER.info(
+            f"{count} convolutions re-parameterized ({plan.reparam}); the network starts at the pretrained function"
+        )
     elif reparam_plan(dict(weights.yaml)) == plan and _same_network(cfg, weights.yaml):
         model.load(weights)
     else:
@@ -115,12 +116,14 @@ def _with_form(cfg: dict[str, Any], reparam: str | None, name: str) -> dict[str,
     if present is None:
         if reparam != "none":
             # as reparameterize() does it: a trainable 1x1 kernel can hold the identity itself
-            cfg[YAML_KEY] = ReparamPlan(reparam=reparam, identity=reparam != "qarep").model_dump()
+            cfg[YAML_KEY] = ReparamPlan.model_validate(
+                {"reparam": reparam, "identity": reparam != "qarep"}
+            ).model_dump()
         return cfg
     if name.endswith(".pt"):
         raise ModelError(
-            f"{name}: its branches are {present.reparam}, not {reparam}; drop reparam=, or run kd-yolo deploy first and "
-            "start from the deployed file"
+            f"{name}: its branches are {present.reparam}, not {reparam}; drop reparam=, or run kd-yolo deploy first "
+            "and start from the deployed file"
         )
     if reparam == "none":
         return _without_plan(cfg)
@@ -136,5 +139,5 @@ def _same_network(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return all(first.get(key) == second.get(key) for key in ("backbone", "head", "scale"))
 
 
-def _same_plain_network(cfg: Mapping[str, Any], weights: nn.Module) -> bool:
+def _same_plain_network(cfg: Mapping[str, Any], weights: DetectionModel) -> bool:
     return reparam_plan(dict(weights.yaml)) is None and _same_network(cfg, weights.yaml)

@@ -1,4 +1,4 @@
-"""Start a student from a pretrained detector of another structure: every layer of the same role and shape is inherited."""
+"""Start a student from a pretrained detector of another structure: layers of the same role and shape are inherited."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from ultralytics.nn.modules import Conv
-from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel
 
 from kd_yolo.nn.blocks import RepBlock
 
 PROBE_PX = 256  # canvas for reading each layer's resolution; a multiple of every stride in use
 
-# Where a layer sits: its part of the network ("body", or the path inside the head) and the side of its output at PROBE_PX.
+# Where a layer sits: its part of the network ("body", or the path in the head) and the side of its output at PROBE_PX.
 Role = tuple[str, int]
 
 
@@ -98,7 +97,7 @@ def _layers(model: DetectionModel) -> dict[str, tuple[nn.Module, Role]]:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return type(module) is nn.Conv2d or isinstance(module, (Conv, RepBlock)) and not isinstance(module, Detect)
+    return type(module) is nn.Conv2d or isinstance(module, (Conv, RepBlock))
 
 
 def _shape(module: nn.Module) -> tuple[object, ...]:

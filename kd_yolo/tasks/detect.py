@@ -1,7 +1,8 @@
 """The detection trainer: stock training, plus a student that may be re-parameterized and a teacher beside it.
 
-Everything of ours reaches this class through two accepted stock arguments: ``model``, a YAML that describes itself, and
-``distill_model``, the path of a recipe file. So multi-GPU workers, resume and Ultralytics' own checks see nothing foreign.
+Everything of ours reaches this class through two accepted stock arguments: ``model``, a YAML that describes itself,
+and ``distill_model``, the path of a recipe file. So multi-GPU workers, resume and Ultralytics' own checks see nothing
+foreign.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ class KDTrainer(DetectionTrainer):
 
     def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: Any = None) -> None:
         self._accumulate = 1
+        self.model: Any
+        self.last: Path
+        self.best: Path
         self._resume_state: dict[str, Any] | None = None
         self._position_unknown = False  # Ultralytics forgets the accumulation counter on resume
         self._batch_in_epoch = 0
@@ -137,7 +141,7 @@ class KDTrainer(DetectionTrainer):
         return super().preprocess_batch(batch)
 
     def progress_string(self) -> str:
-        """Return the header of the progress line; names are cut to the columns, ``kd_feat_loss`` shows as ``kd_feat``."""
+        """Return the header of the progress line; names that are too long lose ``_loss``."""
         names = [name if len(name) <= 10 else name.removesuffix("_loss")[:10] for name in self.loss_names]
         return ("\n" + "%11s" * (4 + len(names))) % ("Epoch", "GPU_mem", *names, "Instances", "Size")
 

@@ -1,7 +1,7 @@
 """Everything a stopped run needs to go on exactly: what Ultralytics' checkpoint leaves out.
 
-A stock ``last.pt`` holds the EMA weights in half precision and resumes from those. Here a state file beside it holds the
-live weights, the optimizer, the random streams, leftover gradients and the position of the accumulation counter, all in
+A stock ``last.pt`` holds the EMA weights in half precision and resumes from those. Here a state file beside it holds
+the live weights, the optimizer, the random streams, leftover gradients and the position of the accumulation counter, all in
 full precision, so that on one machine a resumed run repeats the uninterrupted run's losses digit for digit (CPU, or any
 device whose operations are deterministic, with ``workers=0``; data loader workers carry random streams of their own).
 
@@ -97,8 +97,8 @@ def restore_gradients_and_random(trainer: KDTrainer, state: dict[str, Any]) -> N
     streams = state["random"]
     version, internal, gauss = streams["python"]
     random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = streams["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    keys, position, has_gauss, cached = streams["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(streams["torch"])
     if torch.cuda.is_available() and streams["cuda"]:
         torch.cuda.set_rng_state_all(streams["cuda"])
@@ -128,10 +128,11 @@ def replay_sampler(trainer: KDTrainer) -> None:
 
 def _random_state() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state = np.random.get_state(legacy=False)
+    assert isinstance(state, dict)
     return {
         "python": [version, list(internal), gauss],
-        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "numpy": [state["state"]["key"].tolist(), state["state"]["pos"], state["has_gauss"], state["gauss"]],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

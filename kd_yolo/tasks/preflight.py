@@ -137,8 +137,8 @@ def check_teacher(
     trained_at = (checkpoint.get("train_args") or {}).get("imgsz")
     if isinstance(trained_at, int) and trained_at != imgsz and not config.allow_other_canvas:
         raise TeacherError(
-            f"{path}: trained at imgsz={trained_at}, this run is at {imgsz}; set imgsz={trained_at}, train a teacher at "
-            f"{imgsz}, or pass allow_other_canvas=true"
+            f"{path}: trained at imgsz={trained_at}, this run is at {imgsz}; set imgsz={trained_at}, train a teacher "
+            f"at {imgsz}, or pass allow_other_canvas=true"
         )
     if metrics is None:
         metrics = validate_model(prepare_teacher(model, class_map), names, data, imgsz)
@@ -146,8 +146,8 @@ def check_teacher(
     LOGGER.info(f"teacher {path}: mAP50 {map50:.4f} on the validation data at imgsz {imgsz}")
     if map50 < WEAK_TEACHER_MAP50 and not config.allow_weak_teacher:
         raise TeacherError(
-            f"{path}: mAP50 {map50:.4f} on the validation data is below {WEAK_TEACHER_MAP50}; a teacher that weak teaches "
-            "noise. Train it longer, give another, or pass allow_weak_teacher=true"
+            f"{path}: mAP50 {map50:.4f} on the validation data is below {WEAK_TEACHER_MAP50}; so weak a teacher "
+            "teaches noise. Train it longer, give another, or pass allow_weak_teacher=true"
         )
 
 

@@ -57,7 +57,7 @@ def first_label(data: Path) -> Path:
     return sorted(path for path in (data.parent / "labels" / "train").glob("*.txt") if path.read_text().strip())[0]
 
 
-def checkpoint(path: Path, model: torch.nn.Module, names: list[str] | None = None, imgsz: int = 64) -> Path:
+def checkpoint(path: Path, model: DetectionModel, names: list[str] | None = None, imgsz: int = 64) -> Path:
     if names is not None:
         model.names = dict(enumerate(names))
     torch.save({"epoch": -1, "model": model, "ema": None, "train_args": {"imgsz": imgsz}}, path)
@@ -123,9 +123,7 @@ def test_teacher__missing(refused: Callable[..., str], tiny_data: Path, tmp_path
     assert "no-teacher.pt" in refused(*words(tiny_data, tmp_path / "runs", teacher=tmp_path / "no-teacher.pt"))
 
 
-def test_teacher__truncated(
-    refused: Callable[..., str], tiny_data: Path, tiny_teacher: Path, tmp_path: Path
-) -> None:
+def test_teacher__truncated(refused: Callable[..., str], tiny_data: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.pt"
     cut.write_bytes(tiny_teacher.read_bytes()[:100_000])
     assert "cut.pt" in refused(*words(tiny_data, tmp_path / "runs", teacher=cut))

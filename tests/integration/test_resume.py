@@ -29,7 +29,7 @@ def start(keys: dict[str, Any]) -> Path:
     return train(*split_train_keys(keys)).run_dir
 
 
-class Power(Exception):
+class PowerCutError(Exception):
     """A power cut in the middle of training."""
 
 
@@ -56,11 +56,11 @@ def test_train__resumed_losses_equal_uninterrupted(
     def cut(self: KDTrainer, data: dict[str, Any]) -> dict[str, Any]:
         result = original(self, data)
         if self.epoch == stop_epoch and self._batch_in_epoch == stop_batch + 1:
-            raise Power
+            raise PowerCutError
         return result
 
     monkeypatch.setattr(KDTrainer, "preprocess_batch", cut)
-    with pytest.raises(Power):
+    with pytest.raises(PowerCutError):
         start({**keys, "name": "cut"})
     monkeypatch.setattr(KDTrainer, "preprocess_batch", original)
     resumed = start({"data": "resumed", "resume": str(tmp_path / "cut")})
@@ -76,10 +76,10 @@ def test_train__resume_without_exact_state_differs(
 
     def no_second_epoch(self: KDTrainer) -> None:
         if self.epoch == 1:
-            raise Power
+            raise PowerCutError
 
     monkeypatch.setattr(KDTrainer, "_refuse_broken_distillation", no_second_epoch)
-    with pytest.raises(Power):
+    with pytest.raises(PowerCutError):
         start({**keys, "name": "cut"})
     monkeypatch.undo()
     for state in (tmp_path / "cut" / "student" / "weights").glob("resume-*.pt"):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 
 from kd_yolo.config import Recipe, read_recipe, split_train_keys
 from kd_yolo.distill.model import BatchProbe, KDModel
@@ -26,7 +26,7 @@ from kd_yolo.tasks.detect import KDTrainer
 from kd_yolo.training import train
 
 
-def state_hash(model: torch.nn.Module) -> str:
+def state_hash(model: DetectionModel) -> str:
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.cpu().numpy().tobytes())
@@ -86,7 +86,7 @@ def test_train__self_distillation_end_to_end(
 def test_train__student_starts_afresh_not_from_the_teacher(
     train_keys: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Prepared self-distillation: same structure, same start, other path. With lr0 near 0 both stay where they began."""
+    """Prepared self-distillation: same structure and start; with lr0 near 0 both stay where they began."""
     keys = train_keys(allow_weak_teacher=True, epochs=1, optimizer="SGD", lr0=1e-9, momentum=0.0, warmup_epochs=0)
     report = train(*split_train_keys(keys))
     teacher = load_checkpoint(report.run_dir / "teacher" / "weights" / "best.pt")[0].state_dict()
@@ -190,7 +190,7 @@ def test_trainer__balance_sets_the_gradient_ratio_once(
     assert all(value > 0 for value in factors.values())
 
 
-# ---- the wrapped model on its own --------------------------------------------------------------------------------------
+# ---- the wrapped model on its own ----
 
 
 @pytest.fixture

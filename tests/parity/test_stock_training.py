@@ -47,9 +47,7 @@ def test_trainer__without_recipe_equals_stock(stock: Any, tiny_data: Path, tmp_p
 def test_trainer__zero_weight_equals_stock(
     method: str, stock: Any, tiny_data: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    recipe = Recipe(
-        teacher=str(tiny_teacher), teacher_sha256=sha256(tiny_teacher), method=method, args={"weight": 0.0}
-    )
+    recipe = Recipe(teacher=str(tiny_teacher), teacher_sha256=sha256(tiny_teacher), method=method, args={"weight": 0.0})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump()))
     losses, weights = run(KDTrainer, tmp_path, tiny_data, distill_model=str(tmp_path / "recipe.yaml"))
     assert losses == stock[0]
