@@ -46,16 +46,8 @@ class Job:
 
 def main() -> None:
     """Run what is missing, then write the table."""
-    values = {
-        "imgsz": 128,
-        "epochs": 8,
-        "batch": 32,
-        "seeds": "0,1,2",
-        "jobs": 2,
-        "data": "neu",
-        "out": "runs/neu-study",
-    }
-    values |= parse_pairs(sys.argv[1:])
+    values: dict[str, Any] = {"imgsz": 128, "epochs": 8, "batch": 32, "seeds": "0,1,2", "jobs": 2, "data": "neu"}
+    values = {**values, "out": "runs/neu-study", **parse_pairs(sys.argv[1:])}
     out = Path(str(values["out"])).resolve()
     seeds = [int(s) for s in str(values["seeds"]).strip("[]").split(",")]
     only = str(values.get("only", "")).split(",")

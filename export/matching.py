@@ -57,6 +57,8 @@ def match_detections(reference: Tensor, artifact: Tensor, cut: float, tie: float
         iou: Overlap bound of NMS.
     """
     overlap = box_iou(reference[:, :4], artifact[:, :4])
+    apart = (reference[:, None, 4] - artifact[None, :, 4]).abs()
+    tied = (overlap > iou) & (apart <= tie)  # whatever the class: two classes of one anchor may tie as well
     overlap[reference[:, None, 5] != artifact[None, :, 5]] = 0.0
     pairs = [(float(overlap[i, j]), i, j) for i, j in (overlap >= MATCH_IOU).nonzero().tolist()]
     rows: set[int] = set()
@@ -67,8 +69,6 @@ def match_detections(reference: Tensor, artifact: Tensor, cut: float, tie: float
             rows.add(row)
             columns.add(column)
             ious.append(value)
-    apart = (reference[:, None, 4] - artifact[None, :, 4]).abs()
-    tied = (overlap > iou) & (apart <= tie)
     left = [(reference, tied.any(1), rows, artifact), (artifact, tied.any(0), columns, reference)]
     alone = excused = 0
     for side, has_tie, paired, other in left:

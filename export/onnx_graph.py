@@ -69,7 +69,7 @@ def finish_graph(path: Path, provenance: dict[str, Any]) -> dict[str, int]:
 
 
 def sort_nodes(graph: Any) -> None:
-    """Put the nodes of a graph in the order that ONNX demands, each after what it reads; an ordered graph stays as it is.
+    """Put the nodes of a graph in the order that ONNX demands: each after what it reads.
 
     The float16 converter of ONNX Runtime appends its casts at the end, which its own loader forgives and others do not.
     """

@@ -1,9 +1,10 @@
 """Everything a stopped run needs to go on exactly: what Ultralytics' checkpoint leaves out.
 
 A stock ``last.pt`` holds the EMA weights in half precision and resumes from those. Here a state file beside it holds
-the live weights, the optimizer, the random streams, leftover gradients and the position of the accumulation counter, all in
-full precision, so that on one machine a resumed run repeats the uninterrupted run's losses digit for digit (CPU, or any
-device whose operations are deterministic, with ``workers=0``; data loader workers carry random streams of their own).
+the live weights, the optimizer, the random streams, leftover gradients and the position of the accumulation counter,
+all in full precision, so that on one machine a resumed run repeats the uninterrupted run's losses digit for digit (CPU,
+or any device whose operations are deterministic, with ``workers=0``; data loader workers have random streams of their
+own).
 
 The state file is named after its epoch and written before ``last.pt`` is renamed into place: whatever moment the power
 fails, ``last.pt`` and the state of the same epoch both exist.

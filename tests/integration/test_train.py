@@ -203,7 +203,9 @@ def wrapped(recipe_of: Callable[..., Path], tiny_teacher: Path) -> KDModel:
     names = load_teacher(tiny_teacher)[0].names
     recipe = read_recipe(recipe_of("kd-lightnet"))
     assert recipe is not None
-    return wrap_student(student, recipe, names).train()
+    model = wrap_student(student, recipe, names)
+    model.train()
+    return model
 
 
 def batch_of(images: int = 2, imgsz: int = 64) -> dict[str, torch.Tensor]:
