@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from ultralytics.utils.metrics import box_iou
 
-from kd_yolo.inference import MAX_DETECTIONS, NMS_IOU, RawOutputs, detections
+from kd_yolo.inference import MAX_DETECTIONS, NMS_IOU, Difference, RawOutputs, detections
 
 MATCH_IOU = 0.99
 
@@ -53,12 +54,13 @@ def match_detections(reference: Tensor, artifact: Tensor, cut: float, tie: float
         reference: x1, y1, x2, y2, score, class; best first.
         artifact: The same of the other side.
         cut: Lowest score that a detection may have.
-        tie: Difference of scores that rounding explains.
+        tie: Difference of scores that rounding explains, as a fraction of the larger one.
         iou: Overlap bound of NMS.
     """
     overlap = box_iou(reference[:, :4], artifact[:, :4])
-    apart = (reference[:, None, 4] - artifact[None, :, 4]).abs()
-    tied = (overlap > iou) & (apart <= tie)  # whatever the class: two classes of one anchor may tie as well
+    ours, theirs = reference[:, None, 4], artifact[None, :, 4]
+    near = (ours - theirs).abs() <= tie * ours.maximum(theirs)
+    tied = (overlap > iou) & near  # whatever the class: two classes of one anchor may tie as well
     overlap[reference[:, None, 5] != artifact[None, :, 5]] = 0.0
     pairs = [(float(overlap[i, j]), i, j) for i, j in (overlap >= MATCH_IOU).nonzero().tolist()]
     rows: set[int] = set()
@@ -74,14 +76,14 @@ def match_detections(reference: Tensor, artifact: Tensor, cut: float, tie: float
     for side, has_tie, paired, other in left:
         lowest = max(cut, float(other[:, 4].min())) if len(other) == MAX_DETECTIONS else cut
         for index in set(range(len(side))) - paired:
-            if bool(has_tie[index]) or float(side[index, 4]) <= lowest + tie:
+            if bool(has_tie[index]) or float(side[index, 4]) <= lowest * (1 + tie):
                 excused += 1
             else:
                 alone += 1
     return Match(ious, alone, excused)
 
 
-def compare_rows(raw: RawOutputs, rows: Sequence[Tensor], output: GraphOutput) -> tuple[float, float]:
+def compare_rows(raw: RawOutputs, rows: Sequence[Tensor], output: GraphOutput) -> Difference:
     """Compare selected detections with everything the reference says, however the selection broke its ties.
 
     Every row must be one of the reference's (anchor, class) pairs. Without NMS the sorted scores must agree too: which
@@ -93,9 +95,10 @@ def compare_rows(raw: RawOutputs, rows: Sequence[Tensor], output: GraphOutput) -
         output: How the graph selects.
 
     Returns:
-        Largest distance of a row's box to its pair in pixels, and largest difference of scores.
+        Distances of the rows' boxes to their pairs, and the largest difference of scores.
     """
-    box_error = score_error = 0.0
+    score_error = 0.0
+    apart: list[Tensor] = []
     expected = detections(raw, output.nms, output.confidence, output.iou)
     for boxes, scores, found, wanted in zip(raw.boxes, raw.scores, rows, expected, strict=True):
         if not output.nms:
@@ -104,8 +107,10 @@ def compare_rows(raw: RawOutputs, rows: Sequence[Tensor], output: GraphOutput) -
             score_error = worse(score_error, float((ours - theirs).abs().max()) if n else 0.0)
         if len(found):
             box, score = _nearest_pair(boxes, scores, found)
-            box_error, score_error = worse(box_error, box), worse(score_error, score)
-    return box_error, score_error
+            apart.append(box)
+            score_error = worse(score_error, score)
+    distances = torch.cat(apart) if apart else torch.zeros(1)
+    return Difference(float(distances.max()), float(distances.mean()), score_error)
 
 
 def worse(a: float, b: float) -> float:
@@ -113,10 +118,10 @@ def worse(a: float, b: float) -> float:
     return float("nan") if a != a or b != b else max(a, b)
 
 
-def _nearest_pair(boxes: Tensor, scores: Tensor, found: Tensor) -> tuple[float, float]:
-    """Return the largest box and score distance of rows (n, 6) to the nearest of (A, 4) boxes with (A, K) scores."""
+def _nearest_pair(boxes: Tensor, scores: Tensor, found: Tensor) -> tuple[Tensor, float]:
+    """Return box distances (n,) and the largest score distance of rows (n, 6) to the nearest of (A, 4), (A, K)."""
     scale = boxes.abs().max().clamp_min(1.0)
     box = (boxes[None] - found[:, None, :4]).abs().amax(2)
     score = (scores.T[found[:, 5].long()] - found[:, None, 4]).abs()
     nearest = (box / scale + score).argmin(1, keepdim=True)
-    return float(box.gather(1, nearest).max()), float(score.gather(1, nearest).max())
+    return box.gather(1, nearest)[:, 0], float(score.gather(1, nearest).max())

@@ -20,6 +20,7 @@ from kd_yolo.errors import ConfigError, ReparamError
 from kd_yolo.files import sha256, write_json, written_aside
 from kd_yolo.images import textured_images, to_canvas
 from kd_yolo.inference import (
+    Difference,
     channels_of,
     check_canvas,
     count_convolutions,
@@ -157,7 +158,7 @@ def deploy(
     content = serialize(deployed, checkpoint, {"source_sha256": source_hash, "head": head_name(nms)})
     with written_aside(target) as aside, written_aside(target.with_suffix(".json")) as json_aside:
         aside.write_bytes(content)
-        box_error, score_error = _verify(aside, source, images)
+        apart = _verify(aside, source, images)
         report = DeployReport(
             path=target,
             provenance=target.with_suffix(".json"),
@@ -166,8 +167,8 @@ def deploy(
             sha256=sha256(aside),
             head=head_name(nms),
             merge=merged,
-            box_error_px=box_error,
-            score_error=score_error,
+            box_error_px=apart.box,
+            score_error=apart.score,
             box_tolerance_px=BOX_TOLERANCE * max(canvas),
             score_tolerance=SCORE_TOLERANCE,
             check_canvas=canvas,
@@ -235,11 +236,8 @@ def _check_canvas(model: DetectionModel) -> tuple[int, int]:
     return check_canvas(-(-side // stride) * stride, stride)
 
 
-def _verify(path: Path, source: DetectionModel, images: Tensor) -> tuple[float, float]:
+def _verify(path: Path, source: DetectionModel, images: Tensor) -> Difference:
     """Load a written checkpoint under restrictions and compare it with the training form.
-
-    Returns:
-        Largest difference of boxes in pixels and of scores.
 
     Raises:
         ReparamError: It differs, or refers to classes that a stock installation lacks.
@@ -249,11 +247,11 @@ def _verify(path: Path, source: DetectionModel, images: Tensor) -> tuple[float, 
         raise ReparamError(f"the deployed model still refers to {', '.join(foreign)}; nothing was written")
     loaded, _ = load_model(path)
     expected = raw_outputs(copy.deepcopy(source).double(), images.double())
-    box_error, score_error = expected.difference(raw_outputs(loaded.double(), images.double()))
+    apart = expected.difference(raw_outputs(loaded.double(), images.double()))
     limit = BOX_TOLERANCE * max(images.shape[-2:])
-    if not (box_error <= limit and score_error <= SCORE_TOLERANCE):  # also true for NaN
+    if not (apart.box <= limit and apart.score <= SCORE_TOLERANCE):  # also true for NaN
         raise ReparamError(
-            f"the deployed model differs from the trained one by {box_error:.3g} px (bound {limit:.3g}) and "
-            f"{score_error:.3g} in score (bound {SCORE_TOLERANCE:g}); nothing was written"
+            f"the deployed model differs from the trained one by {apart.box:.3g} px (bound {limit:.3g}) and "
+            f"{apart.score:.3g} in score (bound {SCORE_TOLERANCE:g}); nothing was written"
         )
-    return box_error, score_error
+    return apart

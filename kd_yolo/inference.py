@@ -32,12 +32,26 @@ class RawOutputs:
     boxes: Tensor
     scores: Tensor
 
-    def difference(self, other: RawOutputs) -> tuple[float, float]:
-        """Return the largest absolute difference of boxes in pixels and of scores."""
-        return (
-            float((self.boxes.double() - other.boxes.double()).abs().max()),
-            float((self.scores.double() - other.scores.double()).abs().max()),
-        )
+    def difference(self, other: RawOutputs) -> Difference:
+        """Return how far another model's outputs for the same images are."""
+        boxes = (self.boxes.double() - other.boxes.double()).abs()
+        scores = (self.scores.double() - other.scores.double()).abs()
+        return Difference(float(boxes.max()), float(boxes.mean()), float(scores.max()))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the outputs of two models are apart.
+
+    Attributes:
+        box: Largest difference of a box coordinate in pixels.
+        box_mean: Mean difference of the box coordinates in pixels.
+        score: Largest difference of a class score.
+    """
+
+    box: float
+    box_mean: float
+    score: float
 
 
 def head_of(model: nn.Module) -> Any:

@@ -3,7 +3,7 @@
 Byte-identical images always stay together, and so do images of one ``group`` (a regular expression on the file stem,
 for parts that were photographed several times). Stratification is by the classes an image holds, several at once
 (K. Sechidis, G. Tsoumakas, I. Vlahavas, "On the stratification of multi-label data", ECML PKDD 2011, algorithm 1), here
-over groups.
+over groups, and with parts that close when they are full.
 """
 
 from __future__ import annotations
@@ -155,7 +155,10 @@ def stratify(labels: Sequence[frozenset[str]], groups: Sequence[int], shares: Se
         rest = [label for label in left if label and left[label] > 0]
         rarest = min(rest, key=lambda label: (left[label], label))
         for group in [g for g in order if g not in placed and content[g][rarest]]:
-            open_parts = np.array(shares) > 0
+            # a part that has its number of images takes no more: many rare classes would otherwise all go to train
+            open_parts = (np.array(shares) > 0) & (wish[""] >= content[group][""] / 2)
+            if not open_parts.any():
+                open_parts = np.array(shares) > 0
             rank = np.where(open_parts, wish[rarest], -np.inf), np.where(open_parts, wish[""], -np.inf)
             part = int(np.lexsort((rng.random(len(shares)), rank[1], rank[0]))[-1])
             placed[group] = part

@@ -59,3 +59,8 @@ def stock_model(name: str, nc: int = 6, seed: int = 0) -> DetectionModel:
 def module_types(model: nn.Module) -> list[tuple[str, type]]:
     """Return every submodule's name and class, in order."""
     return [(name, type(module)) for name, module in model.named_modules()]
+
+
+def relative(expected: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the largest difference over the largest magnitude of ``expected``."""
+    return float(((expected - other).abs().max() / expected.abs().max()).detach())

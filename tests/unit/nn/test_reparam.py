@@ -4,16 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nn_factory import randomise_bn
+from nn_factory import randomise_bn, relative
 from torch import nn
 from torch.nn.functional import conv2d
 
 from kd_yolo.errors import ReparamError
 from kd_yolo.nn.reparam import bn_variance, fold_bn, identity_kernel, merge_branches, pad_to
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / a.abs().max())
 
 
 def test_fold_bn__hand_values() -> None:
