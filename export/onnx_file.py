@@ -16,8 +16,7 @@ from kd_yolo.export.report import ExportReport
 from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
 
-from kd_yolo.checkpoints import load_model
-from kd_yolo.deploy import serialize
+from kd_yolo.checkpoints import load_model, serialize
 from kd_yolo.errors import ConfigError, ExportError
 from kd_yolo.files import sha256, write_json, written_aside
 from kd_yolo.images import image_set

@@ -41,9 +41,12 @@ class Tolerance:
     unmatched: float
 
 
+# Measured with yolo26n, yolov8n and yolo11n at 224 to 640 px on NEU-DET photographs. float32, which only adds up in
+# another order: box 1.7e-5, box_mean 2e-7, score 2.2e-6, unmatched 0. float16, which has eleven bits: box 4.2e-2 (an
+# anchor that nothing detects), box_mean 7.5e-4, score 8.1e-3, unmatched 0.025. The bounds leave a factor of 2 to 10.
 TOLERANCES = {
-    "fp32": Tolerance(box=5e-5, box_mean=5e-6, score=2e-5, tie=1e-3, unmatched=0.01),
-    "fp16": Tolerance(box=5e-2, box_mean=2e-3, score=2e-2, tie=5e-2, unmatched=0.99),
+    "fp32": Tolerance(box=5e-5, box_mean=2e-6, score=1e-5, tie=1e-3, unmatched=0.01),
+    "fp16": Tolerance(box=1e-1, box_mean=2e-3, score=2e-2, tie=5e-2, unmatched=0.10),
 }
 
 
@@ -100,9 +103,9 @@ class ParityReport:
     def describe(self) -> str:
         """Return the numbers in one line."""
         return (
-            f"raw outputs within {self.box_error_px:.2g} px and {self.score_error:.2g} score, {self.matched} of "
-            f"{max(self.reference_detections, self.artifact_detections)} detections matched at IoU >= {MATCH_IOU}, "
-            f"{self.images} images ({self.image_source})"
+            f"raw outputs within {self.box_error_px:.2g} px and {self.score_error:.2g} score; of "
+            f"{self.reference_detections} detections {self.matched} matched at IoU >= {MATCH_IOU}, "
+            f"{self.excused} tied, {self.unmatched} unmatched; {self.image_source} images"
         )
 
 

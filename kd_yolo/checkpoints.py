@@ -1,9 +1,12 @@
-"""Read Ultralytics checkpoints without running what they contain: known classes only, no download, no installation."""
+"""Read and write Ultralytics checkpoints: known classes only, no code of theirs run, no download, no installation."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import datetime
 import importlib
+import io
 import pickle
 import struct
 import zipfile
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import ultralytics
 from pydantic import BaseModel
 from torch import nn
 from ultralytics.nn.modules import Detect
@@ -19,12 +23,15 @@ from ultralytics.nn.tasks import DetectionModel, guess_model_task, torch_safe_lo
 from ultralytics.utils import DEFAULT_CFG_DICT, DEFAULT_CFG_KEYS
 from ultralytics.utils.checks import check_yolov5u_filename
 
+import kd_yolo
 from kd_yolo.errors import CheckpointError
 
 # Packages of ours whose classes a training checkpoint may hold: blocks of an unmerged student and, in a mid-run
 # last.pt, the distillation wrapper with its method.
 OWN_PACKAGES = ("kd_yolo.nn.", "kd_yolo.distill.")
 PLAIN_HEADS = (Detect, v10Detect)
+# Training state that a shipped file has no use for; the keys stay, as Ultralytics' strip_optimizer leaves them.
+TRAINING_STATE = ("best_fitness", "ema", "updates", "optimizer", "scaler", "stopper")
 # What reading a damaged archive or pickle raises.
 DAMAGE = (
     RuntimeError,
@@ -70,6 +77,36 @@ def load_model(path: str | Path, trust: bool = False) -> tuple[DetectionModel, d
         if hasattr(module, "inplace"):
             module.inplace = True
     return model.eval().requires_grad_(False), checkpoint
+
+
+def serialize(deployed: DetectionModel, checkpoint: dict[str, Any], provenance: dict[str, Any]) -> bytes:
+    """Return an Ultralytics checkpoint of a deployed model as bytes.
+
+    Args:
+        deployed: Merged model of stock classes, see ``kd_yolo.inference.deployed_form``.
+        checkpoint: What the training checkpoint holds; its metrics and training arguments are kept.
+        provenance: Plain data for the key ``kd_yolo``.
+    """
+    model = copy.deepcopy(deployed)
+    # The recipe's path is of no use on another machine, and Ultralytics would look for a teacher there.
+    model.args = {**deployed.args, "distill_model": None}
+    model.pt_path = None
+    content = {
+        "date": datetime.datetime.now().astimezone().isoformat(),
+        "version": ultralytics.__version__,
+        "license": "AGPL-3.0 License (https://ultralytics.com/license)",
+        "docs": "https://docs.ultralytics.com",
+        "epoch": -1,
+        **dict.fromkeys(TRAINING_STATE),
+        "model": model,
+        "train_args": model.args,
+        "train_metrics": checkpoint.get("train_metrics"),
+        "names": model.names,
+        "kd_yolo": {"version": kd_yolo.__version__, **provenance},
+    }
+    buffer = io.BytesIO()  # torch.save to a file reports a full disk in its own words; writing bytes is an OSError
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def foreign_classes(path: Path) -> list[str]:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import copy
 import datetime
-import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import ultralytics
 from torch import Tensor
 from ultralytics.nn.tasks import DetectionModel
 
-import kd_yolo
-from kd_yolo.checkpoints import load_model
+from kd_yolo.checkpoints import load_model, serialize
 from kd_yolo.errors import ConfigError, ReparamError
 from kd_yolo.files import sha256, write_json, written_aside
 from kd_yolo.images import textured_images, to_canvas
@@ -41,8 +37,6 @@ BOX_TOLERANCE = 1e-5  # of the longer side of the canvas
 SCORE_TOLERANCE = 1e-5
 CHECK_IMAGES = 4
 LARGEST_CHECK_CANVAS = 320
-# Training state that a shipped file has no use for; the keys stay, as Ultralytics' strip_optimizer leaves them.
-TRAINING_STATE = ("best_fitness", "ema", "updates", "optimizer", "scaler", "stopper")
 
 
 @dataclass(frozen=True)
@@ -185,36 +179,6 @@ def deploy(
         )
         write_json(json_aside, report.to_dict())
     return report
-
-
-def serialize(deployed: DetectionModel, checkpoint: dict[str, Any], provenance: dict[str, Any]) -> bytes:
-    """Return an Ultralytics checkpoint of a deployed model as bytes.
-
-    Args:
-        deployed: Result of ``deployed_form``.
-        checkpoint: What the training checkpoint holds; its metrics and training arguments are kept.
-        provenance: Plain data for the key ``kd_yolo``.
-    """
-    model = copy.deepcopy(deployed)
-    # The recipe's path is of no use on another machine, and Ultralytics would look for a teacher there.
-    model.args = {**deployed.args, "distill_model": None}
-    model.pt_path = None
-    content = {
-        "date": datetime.datetime.now().astimezone().isoformat(),
-        "version": ultralytics.__version__,
-        "license": "AGPL-3.0 License (https://ultralytics.com/license)",
-        "docs": "https://docs.ultralytics.com",
-        "epoch": -1,
-        **dict.fromkeys(TRAINING_STATE),
-        "model": model,
-        "train_args": model.args,
-        "train_metrics": checkpoint.get("train_metrics"),
-        "names": model.names,
-        "kd_yolo": {"version": kd_yolo.__version__, **provenance},
-    }
-    buffer = io.BytesIO()  # torch.save to a file reports a full disk in its own words; writing bytes is an OSError
-    torch.save(content, buffer)
-    return buffer.getvalue()
 
 
 def _target(source: Path, out: str | Path | None) -> Path:

@@ -58,9 +58,7 @@ def image_set(data: str | Path | None, count: int, seed: int = 0) -> ImageSet:
     if data is None:
         return ImageSet(textured_images(count, seed=seed), 0, "synthetic")
     files = dataset_files(data)
-    if len(files) > count:
-        files = [files[index] for index in np.linspace(0, len(files) - 1, count).round().astype(int)]
-    images = [read_image(file) for file in files]
+    images = [read_image(file) for file in spread(files, count)]
     return ImageSet(images + textured_images(count - len(images), seed=seed), len(images), str(data))
 
 
@@ -74,17 +72,32 @@ def dataset_files(data: str | Path, split: str = "val") -> list[Path]:
     Raises:
         DataError: The YAML or the images are missing or malformed; the message names the file and the remedy.
     """
-    file = resolve_dataset(str(data))
+    content = _description(data, split)
     try:
-        content: dict[str, Any] = check_det_dataset(str(file), autodownload=False, split=split)
         entries = content[split]
         files = _listed(entries if isinstance(entries, list) else [entries])
-    except (OSError, SyntaxError, TypeError, KeyError, ValueError, AttributeError, yaml.YAMLError) as error:
-        lines = str(error).strip().splitlines()
-        raise DataError(f"{file}: {lines[0] if lines else type(error).__name__}") from error
+    except OSError as error:
+        raise DataError(f"{data}: the images of '{split}' cannot be listed ({error})") from error
     if not files:
-        raise DataError(f"{file}: no images under '{split}'; check the paths in it")
+        raise DataError(f"{data}: no images under '{split}'; check the paths in it")
     return files
+
+
+def spread(files: list[Path], count: int) -> list[Path]:
+    """Return at most ``count`` files, evenly over the list."""
+    if len(files) <= count:
+        return files
+    return [files[index] for index in np.linspace(0, len(files) - 1, count).round().astype(int)]
+
+
+def dataset_names(data: str | Path) -> list[str]:
+    """Return the class names of a data set in order.
+
+    Raises:
+        DataError: The data set is missing or malformed.
+    """
+    names = _description(data, "val")["names"]
+    return [str(names[key]) for key in sorted(names)]
 
 
 def read_image(file: Path) -> Image:
@@ -136,6 +149,17 @@ def to_canvas(images: Sequence[Image], canvas: tuple[int, int], channels: int = 
         fitted = [cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)[..., None] for image in fitted]
     batch = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
     return (batch.flip(1) if channels == 3 else batch).float().div_(255)
+
+
+def _description(data: str | Path, split: str) -> dict[str, Any]:
+    """Return what Ultralytics makes of a data YAML, paths resolved; nothing is downloaded."""
+    file = resolve_dataset(str(data))
+    try:
+        content: dict[str, Any] = check_det_dataset(str(file), autodownload=False, split=split)
+    except (OSError, SyntaxError, TypeError, KeyError, ValueError, AttributeError, yaml.YAMLError) as error:
+        lines = str(error).strip().splitlines()
+        raise DataError(f"{file}: {lines[0] if lines else type(error).__name__}") from error
+    return content
 
 
 def _listed(entries: Sequence[str]) -> list[Path]:

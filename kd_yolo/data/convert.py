@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kd_yolo import __version__
+from kd_yolo.data.builtin import fixed_splits
 from kd_yolo.data.convert_coco import read_coco
 from kd_yolo.data.convert_deeppcb import TYPES, read_deeppcb
 from kd_yolo.data.convert_masks import read_masks
@@ -25,9 +26,10 @@ from kd_yolo.data.layout import (
     write_data_yaml,
     write_labels,
 )
+from kd_yolo.data.pixels import BadImageError
 from kd_yolo.data.progress import Progress, silent
 from kd_yolo.data.samples import Reading, Sample, clean, image_size
-from kd_yolo.data.splits import SplitSpec, assign
+from kd_yolo.data.splits import SplitSpec, assign, expand_stems
 from kd_yolo.errors import ConfigError, DataError, nearest
 from kd_yolo.files import sha256, write_json
 
@@ -114,7 +116,8 @@ def convert(
         from_: ``voc``, ``masks``, ``coco`` or ``deeppcb``.
         src: The published folder.
         out: Folder to write; replaced when this package wrote it, refused when it holds anything else.
-        split: How to split; by default lists in ``src/splits``, else the published split, else 0.8/0.1/0.1 at random.
+        split: How to split; by default lists in ``src/splits``, else the fixed split of a data set known by its file
+            names (NEU-DET), else the published split, else 0.8/0.1/0.1 at random.
         names: Class names in the order of their ids; by default those found, sorted.
         origin: VOC only: see ``convert_voc``.
         min_area: Masks only: smallest component, pixels.
@@ -129,12 +132,12 @@ def convert(
         OutputError: ``out`` cannot be written.
     """
     start = time.perf_counter()
-    _check_arguments(from_, src, out, mode)
+    _check_arguments(from_, src, out, mode, origin)
     reading = _read(from_, src, origin, min_area, threshold)
     order = _class_order(from_, reading, names, src)
     sizes = _sizes(reading, src)
     items = _items(reading.samples, src)
-    chosen = assign(items, _with_lists(split or SplitSpec(), src))
+    chosen = assign(items, _completed(split or SplitSpec(), src, from_, {item.stem for item in items}))
     for key in chosen.left_out:
         reading.problem("image in no split list (left out)", key)
     report = ConversionReport(out.absolute(), out.absolute() / "data.yaml", from_, src.absolute())
@@ -146,11 +149,13 @@ def convert(
     return report
 
 
-def _check_arguments(from_: str, src: Path, out: Path, mode: str) -> None:
+def _check_arguments(from_: str, src: Path, out: Path, mode: str, origin: str) -> None:
     if from_ not in FORMATS:
         raise ConfigError(f"from={from_}: not known; use one of {', '.join(FORMATS)}{nearest(from_, FORMATS)}")
     if mode not in {"copy", "link"}:
         raise ConfigError(f"mode={mode}: not known; use copy or link")
+    if origin not in {"auto", "0", "1"}:
+        raise ConfigError(f"origin={origin}: not known; use auto, 0 (continuous edges) or 1 (pixels counted from 1)")
     if not src.is_dir():
         raise DataError(f"src={src}: no such folder; give the folder that holds the raw data")
     if out.resolve().is_relative_to(src.resolve()):
@@ -158,11 +163,18 @@ def _check_arguments(from_: str, src: Path, out: Path, mode: str) -> None:
     check_replaceable(out)
 
 
-def _with_lists(spec: SplitSpec, src: Path) -> SplitSpec:
-    """Let ``auto`` use the lists that lie beside the raw data."""
-    if spec.method == "auto" and spec.lists is None and (src / "splits" / "train.txt").is_file():
+def _completed(spec: SplitSpec, src: Path, from_: str, stems: set[str]) -> SplitSpec:
+    """Let ``auto`` use the lists that lie beside the raw data, else the fixed split of the data set it recognises."""
+    if spec.method != "auto" or spec.lists is not None:
+        return spec
+    if (src / "splits" / "train.txt").is_file():
         return replace(spec, lists=src / "splits")
-    return spec
+    known = (split for split in fixed_splits(from_).values() if _named(split) <= stems)
+    return replace(spec, fixed=spec.fixed or next(known, None))
+
+
+def _named(split: dict[str, str]) -> set[str]:
+    return {stem for text in split.values() for stem in expand_stems(text)}
 
 
 def _read(from_: str, src: Path, origin: Origin, min_area: int, threshold: int) -> Reading:
@@ -203,7 +215,7 @@ def _sizes(reading: Reading, src: Path) -> dict[Path, tuple[int, int]]:
 def _size_or_reason(image: Path) -> tuple[int, int] | str:
     try:
         return image_size(image)
-    except ValueError as error:
+    except BadImageError as error:
         return str(error)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from kd_yolo.data.pixels import BadImageError, decode
 from kd_yolo.data.samples import RawBox, Reading, Sample, images_under
 from kd_yolo.errors import DataError
 
@@ -74,9 +75,10 @@ def components(mask: np.ndarray, min_area: int, threshold: int) -> tuple[list[tu
 def _add(reading: Reading, src: Path, image: Path, mask_file: Path, min_area: int, threshold: int) -> int:
     """Add one image; return the number of specks dropped."""
     shown = image.relative_to(src).as_posix()
-    mask = cv2.imread(str(mask_file), cv2.IMREAD_GRAYSCALE)
-    if mask is None:
-        reading.problem("unreadable mask", mask_file.relative_to(src).as_posix())
+    try:
+        mask = decode(mask_file)[0][..., 0]  # all channels of a grey PNG are equal
+    except BadImageError as error:
+        reading.problem("unreadable mask", f"{mask_file.relative_to(src).as_posix()} {error}")
         return 0
     parts = image.relative_to(src).parts
     name = (parts[0] if len(parts) > 1 else src.name).removeprefix(PREFIX)

@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from kd_yolo.data.pixels import BadImageError
 from kd_yolo.data.samples import SPLIT_WORDS, RawBox, Reading, Sample, image_size, images_under, split_of
 from kd_yolo.errors import DataError
 
@@ -118,7 +119,7 @@ def _image_of(file: Path, src: Path, by_stem: dict[str, list[Path]], filename: s
 def _compare_size(reading: Reading, image: Path, stated: tuple[int, int], src: Path) -> None:
     try:
         real = image_size(image)
-    except ValueError:
+    except BadImageError:
         return  # the converter lists unreadable images itself
     if all(stated) and stated != real:
         shown = image.relative_to(src).as_posix()

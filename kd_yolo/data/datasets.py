@@ -6,12 +6,11 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import Field
 
-from kd_yolo.config import Strict, validate
+from kd_yolo.data.builtin import Builtin, Raw, describe_datasets, load_builtin
 from kd_yolo.data.datayaml import load_data_yaml
 from kd_yolo.data.layout import MARKER
 from kd_yolo.data.lock import locked
@@ -25,28 +24,6 @@ __all__ = ["data_root", "describe_datasets", "load_builtin", "resolve_dataset", 
 
 ROOT_VARIABLE = "KD_YOLO_DATA"
 SHARED_VARIABLE = "KD_YOLO_SHARED"
-
-
-class Raw(Strict):
-    """Where the published data may lie, and how to read it."""
-
-    format: Literal["voc", "masks", "deeppcb", "coco"]
-    folders: list[str] = Field(min_length=1, description="names under which the published folder is usually kept")
-    holds: list[str] = Field(min_length=1, description="paths of which one must exist inside, to be sure that it is it")
-    min_area: int = Field(default=10, ge=1, description="masks: smallest component, pixels")
-    group: str | None = Field(default=None, description="regular expression; images of one match stay in one split")
-
-
-class Builtin(Strict):
-    """A YAML file of ``cfg/datasets``."""
-
-    kd_yolo: Literal[1]
-    title: str
-    origin: str = Field(description="where the data comes from and on what terms")
-    names: dict[int, str]
-    raw: Raw | None = None
-    make: dict[str, int] | None = Field(default=None, description="arguments of the generator, for made data")
-    split: dict[str, str] | None = Field(default=None, description="fixed split: stems, compact")
 
 
 def data_root(root: Path | None = None) -> Path:
@@ -96,20 +73,6 @@ def resolve_dataset(data: str, root: Path | None = None) -> Path:
     )
 
 
-def describe_datasets() -> dict[str, str]:
-    """Return the built-in data sets: name to title."""
-    return {name: load_builtin(find("datasets", name)).title for name in builtin_names("datasets")}
-
-
-def load_builtin(file: Path) -> Builtin:
-    """Read a YAML of ``cfg/datasets``.
-
-    Raises:
-        ConfigError: A key is unknown, missing or of the wrong type.
-    """
-    return validate(Builtin, load_yaml(file), str(file))
-
-
 def _resolve_user(file: Path, root: Path) -> Path:
     found = load_data_yaml(file, (root,))
     if found.ready:
@@ -140,10 +103,11 @@ def _resolve_builtin(name: str, file: Path, root: Path) -> Path:
     if _is_done(home, spec.raw, raw):
         return _at_home(home)
     if raw is None:
+        group = f" group='{spec.raw.group}'" if spec.raw.group else ""
         looked = ", ".join(str(place) for place in (home, *_candidates(spec.raw, root)))
         raise DataError(
             f"data={name}: {spec.title} is not there (looked for {looked}); with the published data at hand run: "
-            f"kd-yolo data convert from={spec.raw.format} src=FOLDER out={_short(home)}"
+            f"kd-yolo data convert from={spec.raw.format} src=FOLDER out={_short(home)}{group}"
         )
     with locked(root / ".kd-yolo" / f"{name}.lock"):
         if not _is_done(home, spec.raw, raw):  # another process may have finished while this one waited

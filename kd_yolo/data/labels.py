@@ -115,7 +115,8 @@ def _add_box(values: tuple[float, ...], number: int, labels: Labels) -> None:
         x, y = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
         w, h = max(xs) - min(xs), max(ys) - min(ys)
     if w <= 0 or h <= 0:
-        labels.faults.append(Fault("degenerate box", number, f"width {w:g} and height {h:g} must be above 0", True))
+        detail = f"width {w:g} and height {h:g} must be above 0"
+        labels.faults.append(Fault("degenerate box", number, detail, min(w, h) < 0))
         return
     over = max(w / 2 - x, h / 2 - y, x + w / 2 - 1, y + h / 2 - 1)
     if over > EDGE_TOLERANCE:

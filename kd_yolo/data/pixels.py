@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from os import cpu_count
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar, cast
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
-from PIL import UnidentifiedImageError
 
 SMALLEST_SIDE = 10
 """Ultralytics drops images with a shorter side."""
@@ -26,6 +27,20 @@ Measured: 1578 pairs of the magnetic tile set are above it; all 8 looked at, and
 (0.950 to 0.955), were one tile under two exposures. In NEU-DET only the one byte-identical pair is above it.
 """
 LOOK_SIDE = 32
+
+_FORMATS = (
+    (b"\xff\xd8", 0, "Jpeg"),
+    (b"\x89PNG", 0, "Png"),
+    (b"BM", 0, "Bmp"),
+    (b"II*\0", 0, "Tiff"),
+    (b"MM\0*", 0, "Tiff"),
+    (b"WEBP", 8, "WebP"),
+    (b"jP  ", 4, "Jpeg2K"),
+    (b"ftypavif", 4, "Avif"),
+)
+"""First bytes, where they stand, and the Pillow plugin that reads such files."""
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error)
+"""What Pillow's plugins raise on damaged files."""
 
 Found = TypeVar("Found")
 
@@ -73,15 +88,13 @@ def decode(file: Path) -> tuple[NDArray[np.uint8], bytes, str]:
         raise BadImageError(f"cannot be read ({error.strerror})") from error
     if not code:
         raise BadImageError("is empty (0 bytes)")
-    known = _load_strictly(code)
+    _load_strictly(code, file.suffix)
     try:
         pixels = cv2.imdecode(np.frombuffer(code, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
         raise BadImageError(f"cannot be decoded ({error.err})") from error
-    if pixels is None and known is not None:  # formats such as HEIC that OpenCV may lack
-        pixels = np.asarray(known.convert("RGB"))[..., ::-1]
     if pixels is None:
-        raise BadImageError("cannot be decoded; it is not an image, or corrupt")
+        raise BadImageError("cannot be decoded; it is not an image, is corrupt, or of a format that OpenCV lacks")
     if min(pixels.shape[:2]) < SMALLEST_SIDE:
         raise BadImageError(
             f"is {pixels.shape[1]}x{pixels.shape[0]} pixels; every side must have at least {SMALLEST_SIDE}"
@@ -150,16 +163,43 @@ def in_threads(work: Callable[[Path], Found], files: Sequence[Path]) -> Iterable
         yield from zip(files, pool.map(guarded, files), strict=True)
 
 
-def _load_strictly(code: bytes) -> PillowImage.Image | None:
-    """Decode with Pillow, which notices truncated files that OpenCV fills with grey; None when it lacks the format."""
-    try:
-        image = PillowImage.open(io.BytesIO(code))
-    except UnidentifiedImageError:
+def open_header(stream: BinaryIO, suffix: str) -> PillowImage.Image | None:
+    """Open an image with Pillow by the format its first bytes show; nothing is decoded yet.
+
+    ``PIL.Image.open`` is avoided: Ultralytics replaces it by a version that may try to install a package when a file is
+    no image.
+
+    Args:
+        stream: The file, at its start.
+        suffix: The file's suffix; camera raw files (.dng) look like TIFF but are not for Pillow.
+
+    Returns:
+        The image, or None when the format is not one of those in ``_FORMATS``.
+
+    Raises:
+        BadImageError: The header is damaged.
+    """
+    head = stream.read(16)
+    stream.seek(0)
+    module = next((name for magic, at, name in _FORMATS if head[at : at + len(magic)] == magic), None)
+    if module is None or suffix.lower() == ".dng":
         return None
-    except (OSError, SyntaxError, ValueError, PillowImage.DecompressionBombError) as error:
-        raise BadImageError(f"cannot be decoded ({error})") from error
     try:
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:
+        plugin = import_module(f"PIL.{module}ImagePlugin")
+        return cast(PillowImage.Image, getattr(plugin, f"{module}ImageFile")(stream))
+    except (ImportError, NotImplementedError):
+        return None  # this Pillow lacks the format; OpenCV will tell
+    except _DAMAGED as error:
+        raise BadImageError(f"cannot be decoded ({error})") from error
+
+
+def _load_strictly(code: bytes, suffix: str) -> None:
+    """Decode with Pillow, which notices truncated files that OpenCV fills with grey."""
+    image = open_header(io.BytesIO(code), suffix)
+    try:
+        if image is not None:
+            image.load()
+    except NotImplementedError:
+        return
+    except _DAMAGED as error:
         raise BadImageError(f"is truncated or corrupt ({error})") from error
-    return image

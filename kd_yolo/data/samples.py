@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from kd_yolo.data.layout import IMAGE_SUFFIXES
+from kd_yolo.data.pixels import decode, open_header
 
 SPLIT_WORDS = {
     "train": "train",
@@ -75,15 +74,16 @@ def image_size(path: Path) -> tuple[int, int]:
     """Return width and height as OpenCV will show the image (EXIF turning applied), reading the header only.
 
     Raises:
-        ValueError: The file is not an image.
+        BadImageError: The file is not an image, or its header is damaged.
     """
-    try:
-        with Image.open(path) as image:
+    with path.open("rb") as stream:
+        image = open_header(stream, path.suffix)
+        if image is not None:
             width, height = image.size
             turned = image.getexif().get(274) in {5, 6, 7, 8}  # EXIF orientation: lying on its side
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise ValueError(str(error)) from error
-    return (height, width) if turned else (width, height)
+            return (height, width) if turned else (width, height)
+    pixels, _, _ = decode(path)
+    return pixels.shape[1], pixels.shape[0]
 
 
 def clean(boxes: Sequence[RawBox], width: int, height: int) -> tuple[list[RawBox], Counter[str]]:

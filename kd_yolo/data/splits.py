@@ -103,7 +103,7 @@ def parse_split(text: str, seed: int = 0, group: str | None = None) -> SplitSpec
         shares = [float(n) for n in numbers]
         total = sum(shares) or 1.0
         return replace(base, method="random", ratios=(shares[0] / total, shares[1] / total, shares[2] / total))
-    if Path(text).is_dir():
+    if text and Path(text).is_dir():
         return replace(base, method="lists", lists=Path(text))
     raise ConfigError(
         f"split={text}: not understood; use auto, published, 0.8/0.1/0.1, kfold:5:0 "

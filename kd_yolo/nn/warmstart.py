@@ -13,8 +13,8 @@ from kd_yolo.nn.blocks import RepBlock
 
 PROBE_PX = 256  # canvas for reading each layer's resolution; a multiple of every stride in use
 
-# Where a layer sits: its part of the network ("body", or the path in the head) and the side of its output at PROBE_PX.
-Role = tuple[str, int]
+# Where a layer sits: backbone, neck or head; the kind of its row and the path inside it; output side at PROBE_PX.
+Role = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,12 @@ class WarmStartReport:
 def warm_start(model: DetectionModel, source: DetectionModel) -> WarmStartReport:
     """Copy every layer of ``source`` that has the role and shape of one in ``model``, in the order of both networks.
 
-    A layer's role is its part of the network and the resolution of its output, so that a filter of stride 8 never lands
-    at stride 32. A ``RepBlock`` takes a plain convolution into its dense branch, with its other branches starting at
-    nothing, so that it computes what the source layer computed. A poor match is no error: the report says how little
-    was inherited.
+    A layer's role is its part of the network, the kind of YAML row it belongs to with its path inside that row, and the
+    resolution of its output: a backbone's stride-2 convolution is inherited by one of the same stride and channels, an
+    SPPF by an SPPF, a head's branch by the same branch; never a stride-8 filter at stride 32, and never a part of some
+    block by a plain row that happens to have its shape but sees other features. A ``RepBlock`` takes a convolution into
+    its dense branch, with its other branches starting at nothing, so that it computes what the source layer computed. A
+    poor match is no error: the report says how little was inherited.
 
     Args:
         model: The student, changed in place.
@@ -75,13 +77,12 @@ def warm_start(model: DetectionModel, source: DetectionModel) -> WarmStartReport
 def _layers(model: DetectionModel) -> dict[str, tuple[nn.Module, Role]]:
     """Return the convolution layers of a detector with their roles, in the order in which they run."""
     found: dict[str, tuple[nn.Module, Role]] = {}
-    head = f"model.{len(model.model) - 1}."
     names = {module: name for name, module in model.named_modules() if _is_layer(module)}
     inner = {child for module in names for child in module.modules() if child is not module}
 
     def note(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
-        part = names[module].removeprefix(head) if names[module].startswith(head) else "body"
-        found.setdefault(names[module], (module, (part, int(output.shape[-1]))))
+        role = (*_place(model, names[module]), int(output.shape[-1]))
+        found.setdefault(names[module], (module, role))
 
     hooks = [module.register_forward_hook(note) for module in names if module not in inner]
     training = model.training
@@ -94,6 +95,16 @@ def _layers(model: DetectionModel) -> dict[str, tuple[nn.Module, Role]]:
         for hook in hooks:
             hook.remove()
     return found
+
+
+def _place(model: DetectionModel, name: str) -> tuple[str, str]:
+    """Return the part of the network, and kind of row with the path inside it, of a layer such as ``model.9.cv1``."""
+    _, index, *path = name.split(".")
+    row = int(index)
+    if row == len(model.model) - 1:
+        return "head", ".".join(path)
+    kind = "Conv" if isinstance(model.model[row], RepBlock) else type(model.model[row]).__name__
+    return ("backbone" if row < len(model.yaml["backbone"]) else "neck"), ".".join((kind, *path))
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -109,14 +120,17 @@ def _shape(module: nn.Module) -> tuple[object, ...]:
 
 
 def _copy(target: nn.Module, source: nn.Module) -> None:
+    if isinstance(source, RepBlock):
+        if isinstance(target, RepBlock) and _same_branches(target, source):
+            target.load_state_dict(source.state_dict())
+            return
+        source = source.to_conv()
     if isinstance(target, RepBlock):
-        if isinstance(source, RepBlock):
-            if source.form == target.form:
-                target.load_state_dict(source.state_dict(), strict=False)
-                return
-            source = source.to_conv()
         target.inherit(source.conv.weight, source.bn)  # type: ignore[union-attr, arg-type]
-    elif isinstance(source, RepBlock):
-        target.load_state_dict(source.to_conv().state_dict())
     else:
         target.load_state_dict(source.state_dict())
+
+
+def _same_branches(first: RepBlock, second: RepBlock) -> bool:
+    names = [{name: value.shape for name, value in block.state_dict().items()} for block in (first, second)]
+    return first.form == second.form and first.skip == second.skip and names[0] == names[1]

@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 Box = tuple[str, float, float, float, float]
 NEU = ("crazing", "inclusion", "patches", "pitted_surface", "rolled-in_scale", "scratches")
@@ -21,6 +22,13 @@ def write_image(path: Path, seed: int, width: int = 40, height: int = 30) -> Pat
     assert done
     path.write_bytes(code.tobytes())
     return path
+
+
+def read_pixels(path: Path, flags: int = cv2.IMREAD_COLOR) -> NDArray[np.uint8]:
+    """Read an image that must be readable."""
+    pixels = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
+    assert pixels is not None
+    return np.asarray(pixels, dtype=np.uint8)
 
 
 def voc_text(boxes: Sequence[Box], width: int = 40, height: int = 30, filename: str = "any.jpg") -> str:

@@ -131,19 +131,23 @@ def test_convert__same_stem_in_two_folders_keeps_both(tmp_path: Path) -> None:
     src = tmp_path / "raw"
     for index in range(6):
         for number, folder in enumerate(("left", "right")):
-            write_voc(src / folder / f"{index}.jpg", src / folder / f"{index}.xml", 10 * index + number, [("x", 1, 1, 9, 9)])
+            write_voc(
+                src / folder / f"{index}.jpg", src / folder / f"{index}.xml", 10 * index + number, [("x", 1, 1, 9, 9)]
+            )
     report = convert("voc", src, tmp_path / "out")
     assert sum(report.images.values()) == 12
     assert len({p.name for p in (tmp_path / "out/images").rglob("*.jpg")}) == 12
 
 
 def test_convert__bad_arguments(raw: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="from=vco: not known.*did you mean 'voc'"):
+    with pytest.raises(ConfigError, match=r"from=vco: not known.*did you mean 'voc'"):
         convert("vco", raw, tmp_path / "out")
     with pytest.raises(DataError, match="no such folder"):
         convert("voc", tmp_path / "gone", tmp_path / "out")
     with pytest.raises(ConfigError, match="lies inside src"):
         convert("voc", raw, raw / "out")
+    with pytest.raises(ConfigError, match="origin=2"):
+        convert("voc", raw, tmp_path / "out", origin="2")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="mode=move"):
         convert("voc", raw, tmp_path / "out", mode="move")  # type: ignore[arg-type]
 

@@ -22,7 +22,9 @@ def write_coco(file: Path, names: list[str], first_id: int) -> None:
             for i in range(len(names) - 1)
         ],
     }
-    content["annotations"].append({"id": 99, "image_id": first_id, "category_id": 7, "bbox": [0, 0, 9, 9], "iscrowd": 1})
+    content["annotations"].append(
+        {"id": 99, "image_id": first_id, "category_id": 7, "bbox": [0, 0, 9, 9], "iscrowd": 1}
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content))
 
@@ -58,7 +60,9 @@ def test_read_coco__one_json_inside_each_split_folder(tmp_path: Path) -> None:
 def test_read_coco__missing_image_is_listed(tmp_path: Path) -> None:
     raw = coco_folder(tmp_path)
     (raw / "train2017/train2017_1.jpg").unlink()
-    assert read_coco(raw).problems == {"annotation without image": ["annotations/instances_train2017.json: train2017_1.jpg"]}
+    assert read_coco(raw).problems == {
+        "annotation without image": ["annotations/instances_train2017.json: train2017_1.jpg"]
+    }
 
 
 def test_read_coco__malformed(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ def test_read_voc__neu_as_published(tmp_path: Path) -> None:
 
 
 def test_read_voc__class_comes_from_name_not_from_file(tmp_path: Path) -> None:
-    write_voc(tmp_path / "IMAGES/scratches_1.jpg", tmp_path / "ANNOTATIONS/scratches_1.xml", 1, [("inclusion", 1, 1, 9, 9)])
+    write_voc(
+        tmp_path / "IMAGES/scratches_1.jpg", tmp_path / "ANNOTATIONS/scratches_1.xml", 1, [("inclusion", 1, 1, 9, 9)]
+    )
     assert [box.name for box in read_voc(tmp_path).samples[0].boxes] == ["inclusion"]
 
 
@@ -28,7 +30,12 @@ def test_read_voc__train_validation_mirror(tmp_path: Path) -> None:
     for number, split in enumerate(("train", "validation")):
         for name in ("crazing", "patches"):
             image = tmp_path / split / "images" / name / f"{name}_{number}.jpg"
-            write_voc(image, tmp_path / split / "annotations" / f"{name}_{number}.xml", number + len(name), [(name, 1, 1, 9, 9)])
+            write_voc(
+                image,
+                tmp_path / split / "annotations" / f"{name}_{number}.xml",
+                number + len(name),
+                [(name, 1, 1, 9, 9)],
+            )
     reading = read_voc(tmp_path)
     assert sorted((s.image.stem, s.split) for s in reading.samples) == [
         ("crazing_0", "train"),
@@ -40,7 +47,12 @@ def test_read_voc__train_validation_mirror(tmp_path: Path) -> None:
 
 def test_read_voc__same_stem_in_two_splits_pairs_within_the_split(tmp_path: Path) -> None:
     for number, split in enumerate(("train", "validation")):
-        write_voc(tmp_path / split / "images/x/1.jpg", tmp_path / split / "annotations/1.xml", number, [("x", 1 + number, 1, 9, 9)])
+        write_voc(
+            tmp_path / split / "images/x/1.jpg",
+            tmp_path / split / "annotations/1.xml",
+            number,
+            [("x", 1 + number, 1, 9, 9)],
+        )
     reading = read_voc(tmp_path)
     assert {s.split: s.boxes[0].x0 for s in reading.samples} == {"train": 1, "val": 2}
     report = convert("voc", tmp_path, tmp_path.parent / "out-same-stem")
@@ -60,7 +72,12 @@ def test_read_voc__pku_per_class_folders(tmp_path: Path) -> None:
 def test_read_voc__pascal_folders_count_from_one_and_bring_their_split(tmp_path: Path) -> None:
     for index, split in enumerate(("train", "val", "test")):
         stem = f"2007_{index:06d}"
-        write_voc(tmp_path / "JPEGImages" / f"{stem}.jpg", tmp_path / "Annotations" / f"{stem}.xml", index, [("x", 1, 1, 40, 30)])
+        write_voc(
+            tmp_path / "JPEGImages" / f"{stem}.jpg",
+            tmp_path / "Annotations" / f"{stem}.xml",
+            index,
+            [("x", 1, 1, 40, 30)],
+        )
         sets = tmp_path / "ImageSets/Main"
         sets.mkdir(parents=True, exist_ok=True)
         (sets / f"{split}.txt").write_text(f"{stem}\n")

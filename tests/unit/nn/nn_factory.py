@@ -43,7 +43,8 @@ def randomise_bn(module: nn.Module, seed: int = 0, signs: bool = False) -> None:
 def make_block(*args: Any, seed: int = 0, signs: bool = True, **keys: Any) -> RepBlock:
     """Return a float64 block in eval mode with random statistics."""
     torch.manual_seed(seed)
-    block = RepBlock(*args, **keys).double().eval()
+    block = RepBlock(*args, **keys)
+    block.double().eval()
     randomise_bn(block, seed, signs)
     return block
 

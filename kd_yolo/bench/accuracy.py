@@ -1,0 +1,88 @@
+"""mAP of an artifact, on the canvas it is timed on."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ultralytics import YOLO
+
+from kd_yolo.bench.runners import Runner, TorchRunner
+from kd_yolo.checkpoints import serialize
+from kd_yolo.errors import ConfigError, DataError
+from kd_yolo.images import dataset_files, dataset_names
+
+BATCH = 16  # does not change the result; an exported file with a fixed batch is fed in portions
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Detection accuracy over a split.
+
+    Attributes:
+        map50: Mean average precision at IoU 0.5.
+        map50_95: Mean over IoU 0.5 to 0.95.
+        images: Number of images.
+        split: Which split.
+    """
+
+    map50: float
+    map50_95: float
+    images: int
+    split: str
+
+
+def evaluate(path: Path, runner: Runner, data: str, split: str, device: str) -> Accuracy:
+    """Validate an artifact with Ultralytics' validator, square canvas and no rectangular batches.
+
+    Args:
+        path: The artifact.
+        runner: The same, opened; a checkpoint is judged in exactly the form that was timed.
+        data: Resolved data YAML.
+        split: Split to judge on.
+        device: As for ``open_runner``.
+
+    Raises:
+        ConfigError: The canvas is not square.
+        DataError: The artifact's classes are not the data set's.
+    """
+    height, width = runner.canvas
+    if height != width:
+        raise ConfigError(
+            f"{path}: mAP needs a square canvas, not {height}x{width}; leave data= out or use a square one"
+        )
+    with tempfile.TemporaryDirectory(prefix="kd-yolo-val-") as folder:
+        judged = path
+        if isinstance(runner, TorchRunner):
+            judged = Path(folder) / f"{path.stem}.pt"
+            judged.write_bytes(serialize(runner.deployed, {}, {}))
+        model = YOLO(judged, task="detect")
+        _check_names(path, model, data)
+        metrics: Any = model.val(
+            data=data,
+            split=split,
+            imgsz=height,
+            batch=BATCH,
+            rect=False,
+            workers=0,
+            plots=False,
+            verbose=False,
+            device=device,
+            project=folder,
+            name="val",
+        )
+    return Accuracy(float(metrics.box.map50), float(metrics.box.map), len(dataset_files(data, split)), split)
+
+
+def _check_names(path: Path, model: YOLO, data: str) -> None:
+    """Refuse to judge classes by the numbers of other classes."""
+    names: Any = model.names
+    ours = [str(names[key]).strip().lower() for key in sorted(names)]
+    theirs = [name.strip().lower() for name in dataset_names(data)]
+    if ours != theirs:
+        raise DataError(
+            f"{path}: its classes ({', '.join(ours[:6])}) are not those of {data} ({', '.join(theirs[:6])}); "
+            "give the data set it was trained on"
+        )

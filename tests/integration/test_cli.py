@@ -1,0 +1,389 @@
+"""The command line as a user meets it: help, listings, machine-readable output, every shipped YAML, every documented line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+import kd_yolo
+from kd_yolo import commands, data_commands
+from kd_yolo.cli import COMMANDS, INTERRUPTED, main
+from kd_yolo.config import REPLACED_KEYS, TrainConfig, parse_pairs, split_train_keys, stock_keys
+from kd_yolo.errors import ConfigError
+from kd_yolo.resources import builtin_names, builtin_root, find
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "ultralytics", "cv2", "numpy", "matplotlib", "onnx", "onnxruntime")
+HELP_CPU_S = 0.3
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+YAMLS = sorted(builtin_root().rglob("*.yaml"))
+
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "train": TrainConfig,
+    "deploy": commands.DeployKeys,
+    "export": commands.ExportKeys,
+    "benchmark": commands.BenchmarkKeys,
+}
+DATA_SCHEMAS: dict[str, type[BaseModel]] = {
+    "check": data_commands.CheckKeys,
+    "convert": data_commands.ConvertKeys,
+    "make": data_commands.MakeKeys,
+    "split": data_commands.SplitKeys,
+}
+
+
+def run(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, as a shell does."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def one_object(stdout: str) -> dict[str, Any]:
+    """Return the one JSON object that a command printed; NaN is no JSON and anything beside the object is an error."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    content = json.loads(stdout, parse_constant=refuse)
+    assert isinstance(content, dict)
+    assert stdout.count("\n") == 1
+    return content
+
+
+def keys_of(schema: type[BaseModel]) -> set[str]:
+    return {field.alias or name for name, field in schema.model_fields.items()}
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["help"], []])
+def test_help__overview_lists_every_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(command.summary)}$", text, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_help__of_a_command_lists_its_keys(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: kd-yolo {name}")
+    for key, meaning in {**COMMANDS[name].keys, "json": ""}.items():
+        assert re.search(rf"^  {re.escape(key)}(?: +{re.escape(meaning)}|\s)", text, re.MULTILINE), key
+    if COMMANDS[name].stock:
+        shown = set(text.partition("Ultralytics' own keys")[2].split())
+        assert set(stock_keys()) - set(REPLACED_KEYS) - set(COMMANDS[name].keys) <= shown
+        assert not set(REPLACED_KEYS) & shown
+
+
+@pytest.mark.parametrize("name", list(SCHEMAS))
+def test_help__keys_are_those_that_the_command_takes(name: str) -> None:
+    shown = {key for key in COMMANDS[name].keys if not key.endswith(".NAME")}
+    assert shown == keys_of(SCHEMAS[name])
+
+
+@pytest.mark.parametrize("word", list(DATA_SCHEMAS))
+def test_help__data_words_show_keys_that_they_take(word: str) -> None:
+    assert set(DATA_SCHEMAS) == set(data_commands.SUBCOMMANDS)
+    (usage,) = [key for key in COMMANDS["data"].keys if key.split()[0] == word]
+    shown = set(re.findall(r"(\w+)=", usage))
+    schema = DATA_SCHEMAS[word]
+    assert shown <= keys_of(schema), f"data {word} does not take {shown - keys_of(schema)}"
+    assert {field.alias or name for name, field in schema.model_fields.items() if field.is_required()} <= shown
+
+
+def test_help__demo_keys_reach_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kd_yolo import demo
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(demo, "run_demo", lambda **keys: (given.update(keys) or "", {}))
+    commands.demo({"project": "p", "epochs": 1, "model": "lightnet-n", "imgsz": 64})
+    assert set(given) == set(COMMANDS["demo"].keys)
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.example])
+def test_help__examples_parse(name: str) -> None:
+    check_line(COMMANDS[name].example)
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["trian"], ["train", "--help"], ["data", "check", "--help"], ["train", "epochs"]]
+)
+def test_help__imports_nothing_heavy(words: list[str]) -> None:
+    code = "import sys; from kd_yolo.cli import main; main(sys.argv[1:]); print('LOADED', *sys.modules)"
+    loaded = run("-c", code, *words).stdout.rpartition("LOADED")[2].split()
+    assert "kd_yolo.cli" in loaded
+    assert not {name.split(".")[0] for name in loaded} & set(HEAVY)
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="needs os.wait4, which Windows lacks")
+def test_help__is_fast() -> None:
+    """Processor time, not wall time: the best of five stays the same on a machine that is busy with something else."""
+    assert min(cpu_seconds("-m", "kd_yolo", "--help") for _ in range(5)) < HELP_CPU_S
+
+
+def cpu_seconds(*words: str) -> float:
+    with subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_utime + usage.ru_stime
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def test_module__runs_as_the_script_does() -> None:
+    done = run("-m", "kd_yolo", "version")
+    assert done.stdout == f"kd-yolo {kd_yolo.__version__}\n"
+    (script,) = entry_points(group="console_scripts", name="kd-yolo")
+    assert script.load() is main
+
+
+def test_module__bad_input_is_one_line_and_status_2() -> None:
+    done = run("-m", "kd_yolo", "models", "sort=size")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("kd-yolo: models: unknown key 'sort'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_main__interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(values: Mapping[str, Any]) -> tuple[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "train", stop)
+    assert main(["train", "data=steel-synth"]) == INTERRUPTED == 130
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "resume=true" in captured.err
+
+
+@pytest.mark.parametrize("name", ["models", "methods", "doctor"])
+def test_json__listings(name: str, tmp_path: Path) -> None:
+    done = run("-m", "kd_yolo", name, "json=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    content = one_object(done.stdout)
+    if name == "doctor":
+        assert content["healthy"], content
+        assert {item["status"] for item in content["findings"]} <= {"ok", "missing"}
+    else:
+        assert {row[name.removesuffix("s")] for row in content[name]} == set(builtin_names(name))
+    assert not any(tmp_path.iterdir()), "a listing left files in the working folder"
+
+
+def test_json__data_check(tiny_data: Path, tmp_path: Path) -> None:
+    done = run("-m", "kd_yolo", "data", "check", f"data={tiny_data}", "imgsz=64", "json=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    content = one_object(done.stdout)
+    assert content["ok"] is True
+    assert content["images"] == {"train": 24, "val": 8, "test": 8}
+    assert (tmp_path / content["contact_sheet"]).is_file()
+
+
+def test_json__val(tiny_teacher: Path, tiny_data: Path, tmp_path: Path) -> None:
+    words = [f"model={tiny_teacher}", f"data={tiny_data}", "imgsz=64", "batch=8", "device=cpu", f"project={tmp_path}"]
+    done = run("-m", "kd_yolo", "val", *words, "workers=0", "json=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    content = one_object(done.stdout)
+    assert 0 <= content["metrics/mAP50-95(B)"] <= content["metrics/mAP50(B)"] <= 1
+
+
+def test_json__predict(tiny_teacher: Path, tiny_data: Path, tmp_path: Path) -> None:
+    source = tiny_data.parent / "images" / "val"
+    words = [f"model={tiny_teacher}", f"source={source}", "imgsz=64", "conf=0.001", "device=cpu", f"project={tmp_path}"]
+    done = run("-m", "kd_yolo", "predict", *words, "json=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    content = one_object(done.stdout)
+    assert [Path(item["image"]).name for item in content["images"]] == sorted(path.name for path in source.iterdir())
+    found = [detection for item in content["images"] for detection in item["detections"]]
+    assert found, "a threshold of 0.001 lets something through"
+    assert all(0.001 <= item["confidence"] <= 1 and len(item["box_xyxy_px"]) == 4 for item in found)
+    assert Path(content["save_dir"]).is_relative_to(tmp_path)
+
+
+def test_json__deploy(tiny_teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small.pt"
+    done = run("-m", "kd_yolo", "deploy", f"model={tiny_teacher}", f"out={out}", "json=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    content = one_object(done.stdout)
+    assert Path(content["path"]) == out
+    assert out.is_file()
+    assert content["merge"]["blocks"] > 0
+    assert content["merge"]["relative_error"] <= content["merge"]["tolerance"]
+    assert json.loads(out.with_suffix(".json").read_text()) == content
+
+
+# ---- shipped YAML ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=[f"{path.parent.name}/{path.stem}" for path in YAMLS])
+def test_yaml__every_shipped_file_is_valid(path: Path) -> None:
+    assert find(path.parent.name, path.stem) == path
+    {"models": check_model, "methods": check_method, "datasets": check_dataset}[path.parent.name](path)
+
+
+def check_model(path: Path) -> None:
+    from ultralytics.nn.modules import Detect
+
+    from kd_yolo.nn.lightnet import build_model
+
+    model = build_model(path.stem, nc=3)
+    head = model.model[-1]
+    assert type(head) is Detect
+    assert head.nc == 3
+    assert [int(stride) for stride in model.stride] == [8, 16, 32]
+
+
+def check_method(path: Path) -> None:
+    from kd_yolo.config import MethodFile, validate
+    from kd_yolo.distill.base import load_method, parse_args
+    from kd_yolo.distill.schedule import Schedule
+    from kd_yolo.resources import load_yaml
+
+    content = load_yaml(path)
+    method = validate(MethodFile, content, where=str(path))
+    assert method.name == path.stem
+    schedule = validate(Schedule, method.schedule, where=str(path))
+    assert schedule.active_epochs(epochs=100, close_mosaic=10) >= 1
+    if method.name == "none":
+        assert content == {"name": "none"}
+        return
+    # A file that leaves a value out would change silently with the code's defaults; one that differs would lie.
+    assert set(method.args) == set(load_method(method.name).Args.model_fields)
+    assert parse_args(method.name, method.args) == parse_args(method.name, {})
+
+
+def check_dataset(path: Path) -> None:
+    from kd_yolo.data.datasets import load_builtin
+
+    spec = load_builtin(path)
+    assert (spec.raw is None) != (spec.make is None)
+    assert sorted(spec.names) == list(range(len(spec.names)))
+    assert spec.title
+    assert spec.origin
+
+
+# ---- documented commands ---------------------------------------------------------------------------------------------
+
+
+def command_lines(text: str) -> Iterator[str]:
+    """Yield the lines of fenced blocks that start with ``kd-yolo``; continued ones joined, those with ``...`` left out."""
+    fence = ""
+    joined = ""
+    for line in text.splitlines():
+        mark = re.match(r"\s*(`{3,}|~{3,})", line)
+        if mark and (not fence or line.strip() == fence):
+            fence = "" if fence else mark.group(1)
+            continue
+        if not fence:
+            continue
+        joined += line.strip().removeprefix("$ ")
+        if joined.endswith("\\"):
+            joined = joined[:-1]
+            continue
+        if joined.startswith("kd-yolo ") and "..." not in joined:
+            yield joined
+        joined = ""
+
+
+def check_line(line: str) -> None:
+    """Refuse a command line whose command, word or key does not exist.
+
+    Raises:
+        ConfigError: As the command line itself would say it.
+    """
+    program, name, *words = shlex.split(line, comments=True)
+    assert program == "kd-yolo"
+    if name in {"--help", "--version"}:
+        return
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown command '{name}'")
+    if "--help" in words:
+        return
+    schema: type[BaseModel] | None = None
+    if name == "data":
+        word = words.pop(0)
+        if word not in DATA_SCHEMAS:
+            raise ConfigError(f"unknown word '{word}'")
+        schema = DATA_SCHEMAS[word]
+    values = parse_pairs(words)
+    values.pop("json", None)
+    if name == "train":
+        check_train(values)
+        return
+    known = keys_of(schema) if schema else {*COMMANDS[name].keys, *(stock_keys() if COMMANDS[name].stock else ())}
+    for key in values:
+        if key not in known or (key in REPLACED_KEYS and key not in COMMANDS[name].keys):
+            raise ConfigError(f"{name}: unknown key '{key}'")
+
+
+def check_train(values: Mapping[str, Any]) -> None:
+    from kd_yolo.distill.base import list_methods
+    from kd_yolo.tasks.preflight import resolve_method
+
+    if not values.get("data") and not values.get("resume"):
+        raise ConfigError("train needs data=")
+    config, stock, groups = split_train_keys({"data": "resumed", **values})
+    if config.method in {*list_methods(), "none"}:
+        resolve_method(config, groups, stock)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_docs__every_command_line_parses(page: str) -> None:
+    for line in command_lines((ROOT / page).read_text(encoding="utf-8")):
+        try:
+            check_line(line)
+        except ConfigError as error:
+            pytest.fail(f"{page}: {line}: {error}")
+
+
+def test_docs__show_every_command() -> None:
+    """Guards the test above: it would pass on pages in which no command is found."""
+    assert list(command_lines((ROOT / "README.md").read_text(encoding="utf-8"))), "README.md shows no command"
+    shown = {line.split()[1] for page in PAGES for line in command_lines((ROOT / page).read_text(encoding="utf-8"))}
+    assert set(COMMANDS) <= shown
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "kd-yolo trian data=steel-synth",
+        "kd-yolo train data=steel-synth imgzs=64",
+        "kd-yolo train data=steel-synth kd.tua=2",
+        "kd-yolo train data=steel-synth schedule.warmpu=0.1",
+        "kd-yolo train model=lightnet-n",
+        "kd-yolo train data=steel-synth distill_model=t.pt",
+        "kd-yolo val model=best.pt data=neu task=segment",
+        "kd-yolo deploy model=best.pt imgsz=64",
+        "kd-yolo data chekc data=neu",
+        "kd-yolo data split data=neu out=x ratio=0.5",
+        "kd-yolo models sort=size",
+    ],
+)
+def test_check_line__twins_that_are_wrong(line: str) -> None:
+    with pytest.raises(ConfigError):
+        check_line(line)
+
+
+def test_command_lines__fences_continuations_and_omissions() -> None:
+    text = (
+        "kd-yolo outside a=1\n```bash\n$ kd-yolo val a=1 \\\n    b=2\nkd-yolo train ... c=3\npip install kd-yolo\n```\n"
+        "~~~\nkd-yolo doctor\n~~~\n"
+    )
+    assert list(command_lines(text)) == ["kd-yolo val a=1 b=2", "kd-yolo doctor"]
