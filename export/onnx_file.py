@@ -19,12 +19,13 @@ from ultralytics.nn.tasks import DetectionModel
 from kd_yolo.checkpoints import load_model, serialize
 from kd_yolo.errors import ConfigError, ExportError
 from kd_yolo.files import sha256, write_json, written_aside
-from kd_yolo.images import image_set
+from kd_yolo.images import ImageSet, image_set
 from kd_yolo.inference import (
     CONFIDENCE,
     NMS_IOU,
     check_canvas,
     deployed_form,
+    head_of,
     max_stride,
     use_head,
     uses_nms,
@@ -36,6 +37,8 @@ from kd_yolo.provenance import find_recipe, head_name, versions
 class _Job:
     """Checked arguments of one export."""
 
+    path: Path
+    target: Path
     canvas: tuple[int, int]
     batch: int
     dynamic: bool
@@ -83,59 +86,84 @@ def export_onnx(
         opset: ONNX operator set; default Ultralytics' choice.
         simplify: Simplify the graph with onnxslim.
         nms: Put NMS into the graph.
-        nms_free: Export the one-to-one head, which needs no NMS; default: what a deployed checkpoint kept, otherwise
-            the one-to-many head.
+        nms_free: Export the one-to-one head, which needs no NMS; default: the head a deployed checkpoint kept.
         half: Store and compute in float16; inputs and outputs stay float32.
         data: Data set whose validation images the gate looks at; default synthetic images.
         trust: Load foreign classes from the checkpoint, which runs code in it.
 
     Raises:
-        CheckpointError: The checkpoint cannot be loaded.
         ConfigError: An argument is not acceptable.
-        DataError: ``data`` cannot be read.
         BackendMissingError: A package is missing.
-        ReparamError: The merged model is not equal to the trained one.
         ExportError: The export failed or did not pass the gate; nothing is left under the final name.
-        OutputError: The file cannot be written.
+        KDYoloError: As ``load_model``, ``deployed_form``, ``image_set`` and ``written_aside`` say.
     """
     require_packages()
     path = Path(model_path).expanduser().absolute()
     source, checkpoint = load_model(path, trust=trust)
-    stride = max_stride(source)
-    canvas = check_canvas(source.args["imgsz"] if imgsz is None else imgsz, stride)
-    job = _Job(canvas, _check_batch(batch), dynamic, _check_opset(opset), simplify, nms, half)
-    needs_nms = _choose_head(source, nms, nms_free, str(path))
-    target = _target(path, out)
-    images = image_set(data, MIN_IMAGES)
-    recipe = find_recipe(path, checkpoint)
-    source_hash = sha256(path)
-    deployed, _ = deployed_form(source, needs_nms, str(path))
-    provenance = {"source_sha256": source_hash, "head": head_name(needs_nms), "recipe": recipe}
+    canvas = check_canvas(source.args["imgsz"] if imgsz is None else imgsz, max_stride(source))
+    job = _Job(path, _target(path, out), canvas, check_batch(batch), dynamic, check_opset(opset), simplify, nms, half)
+    _choose_head(source, nms, nms_free, str(path))
+    return _export(job, source, checkpoint, image_set(data, MIN_IMAGES))
+
+
+def check_batch(batch: int) -> int:
+    """Return a batch size.
+
+    Raises:
+        ConfigError: Not a whole number of at least 1.
+    """
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ConfigError(f"batch={batch}: must be a whole number of at least 1")
+    return batch
+
+
+def check_opset(opset: int | None) -> int | None:
+    """Return an ONNX operator set, or None for the default.
+
+    Raises:
+        ConfigError: Too old for a detector, or newer than the installed onnx.
+    """
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and not 11 <= opset <= newest:
+        raise ConfigError(f"opset={opset}: must be between 11 and {newest}, which the installed onnx knows")
+    return opset
+
+
+def _export(job: _Job, source: DetectionModel, checkpoint: dict[str, Any], images: ImageSet) -> ExportReport:
+    """Export into a temporary folder, prove the file, and only then give it its name."""
+    needs_nms = uses_nms(source)
+    deployed, _ = deployed_form(source, needs_nms, str(job.path))
+    about = {
+        "source_sha256": sha256(job.path),
+        "head": head_name(needs_nms),
+        "recipe": find_recipe(job.path, checkpoint),
+    }
     with tempfile.TemporaryDirectory(prefix="kd-yolo-export-") as folder:
-        made = _run_exporter(deployed, checkpoint, job, Path(folder) / f"{path.stem}.pt")
-        facts = finish_graph(made, provenance)
-        output = _output_of(job, needs_nms)
-        parity = check_parity(source, open_session(made), output, images, job.parity_plan(stride), job.precision)
+        made = _run_exporter(deployed, checkpoint, job, Path(folder) / f"{job.path.stem}.pt")
+        facts = finish_graph(made, about)
+        plan = job.parity_plan(max_stride(source))
+        parity = check_parity(source, open_session(made), _output_of(job, needs_nms), images, plan, job.precision)
         if not parity.passed:
-            raise ExportError(f"{target.name}: not written, the graph is not the model: {'; '.join(parity.failures)}")
+            reasons = "; ".join(parity.failures)
+            raise ExportError(f"{job.target.name}: not written, the graph is not the model: {reasons}")
         report = ExportReport(
-            path=target,
-            parity_path=target.with_suffix(".parity.json"),
+            path=job.target,
+            parity_path=job.target.with_suffix(".parity.json"),
             format="onnx",
             precision=job.precision,
-            source=path,
-            source_sha256=source_hash,
+            source=job.path,
             sha256=sha256(made),
-            head=head_name(needs_nms),
-            nms_inside=nms,
-            canvas=canvas,
+            nms_inside=job.nms_inside,
+            canvas=job.canvas,
             batch=job.batch,
-            dynamic=dynamic,
+            dynamic=job.dynamic,
+            **about,
             **facts,
             size_mb=made.stat().st_size / 1e6,
             names={int(key): str(value) for key, value in source.names.items()},
-            stride=stride,
-            recipe=recipe,
+            stride=max_stride(source),
             parity=parity,
             versions=versions() | backend_versions(),
             created=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -151,30 +179,14 @@ def _publish(made: Path, report: ExportReport) -> None:
         write_json(parity_aside, report.to_dict())
 
 
-def _check_batch(batch: int) -> int:
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ConfigError(f"batch={batch}: must be a whole number of at least 1")
-    return batch
-
-
-def _check_opset(opset: int | None) -> int | None:
-    import onnx
-
-    newest = onnx.defs.onnx_opset_version()
-    if opset is not None and not 11 <= opset <= newest:
-        raise ConfigError(f"opset={opset}: must be between 11 and {newest}, which the installed onnx knows")
-    return opset
-
-
-def _choose_head(source: DetectionModel, nms: bool, nms_free: bool | None, name: str) -> bool:
-    """Choose the head branch in place; return whether it needs NMS."""
+def _choose_head(source: DetectionModel, nms: bool, nms_free: bool | None, name: str) -> None:
+    """Choose the head branch to export, in place."""
     if nms and nms_free:
         raise ConfigError("nms=true puts NMS into the graph and nms_free=true needs none; choose one")
-    kept_free = source.model[-1].cv2 is None
+    kept_free = head_of(source).cv2 is None
     use_head(source, not (kept_free if nms_free is None else nms_free), name)
     if nms and not uses_nms(source):
         raise ConfigError(f"{name}: keeps only its NMS-free head; nms=true has nothing to do there")
-    return uses_nms(source)
 
 
 def _target(path: Path, out: str | Path | None) -> Path:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from ultralytics.nn.tasks import DetectionModel
 
 from kd_yolo.checkpoints import load_model, serialize
@@ -16,7 +15,6 @@ from kd_yolo.errors import ConfigError, ReparamError
 from kd_yolo.files import sha256, write_json, written_aside
 from kd_yolo.images import textured_images, to_canvas
 from kd_yolo.inference import (
-    Difference,
     channels_of,
     check_canvas,
     count_convolutions,
@@ -145,40 +143,36 @@ def deploy(
     target = _target(path, out)
     use_head(source, nms, str(path))
     deployed, merged = deployed_form(source, nms, str(path))
-    recipe = find_recipe(path, checkpoint)
-    source_hash = sha256(path)
-    canvas = _check_canvas(source)
-    images = to_canvas(textured_images(CHECK_IMAGES), canvas, channels_of(source))
-    content = serialize(deployed, checkpoint, {"source_sha256": source_hash, "head": head_name(nms)})
+    about: dict[str, Any] = {"source_sha256": sha256(path), "head": head_name(nms)}
     with written_aside(target) as aside, written_aside(target.with_suffix(".json")) as json_aside:
-        aside.write_bytes(content)
-        apart = _verify(aside, source, images)
+        aside.write_bytes(serialize(deployed, checkpoint, about))
         report = DeployReport(
             path=target,
             provenance=target.with_suffix(".json"),
             source=path,
-            source_sha256=source_hash,
             sha256=sha256(aside),
-            head=head_name(nms),
             merge=merged,
-            box_error_px=apart.box,
-            score_error=apart.score,
-            box_tolerance_px=BOX_TOLERANCE * max(canvas),
-            score_tolerance=SCORE_TOLERANCE,
-            check_canvas=canvas,
-            check_images=CHECK_IMAGES,
-            params_trained=count_parameters(source),
-            params=count_parameters(deployed),
-            params_fused=count_parameters(copy.deepcopy(deployed).fuse(verbose=False)),
-            convolutions_trained=count_convolutions(source),
-            convolutions=count_convolutions(deployed),
-            names={int(key): str(value) for key, value in deployed.names.items()},
-            recipe=recipe,
+            recipe=find_recipe(path, checkpoint),
             versions=versions(),
             created=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            **about,
+            **_verify(aside, source),
+            **_count(source, deployed),
         )
         write_json(json_aside, report.to_dict())
     return report
+
+
+def _count(source: DetectionModel, deployed: DetectionModel) -> dict[str, Any]:
+    """Return the report's figures of size, and the class names."""
+    return {
+        "params_trained": count_parameters(source),
+        "params": count_parameters(deployed),
+        "params_fused": count_parameters(copy.deepcopy(deployed).fuse(verbose=False)),
+        "convolutions_trained": count_convolutions(source),
+        "convolutions": count_convolutions(deployed),
+        "names": {int(key): str(value) for key, value in deployed.names.items()},
+    }
 
 
 def _target(source: Path, out: str | Path | None) -> Path:
@@ -200,8 +194,11 @@ def _check_canvas(model: DetectionModel) -> tuple[int, int]:
     return check_canvas(-(-side // stride) * stride, stride)
 
 
-def _verify(path: Path, source: DetectionModel, images: Tensor) -> Difference:
+def _verify(path: Path, source: DetectionModel) -> dict[str, Any]:
     """Load a written checkpoint under restrictions and compare it with the training form.
+
+    Returns:
+        The report's figures of the comparison.
 
     Raises:
         ReparamError: It differs, or refers to classes that a stock installation lacks.
@@ -210,12 +207,21 @@ def _verify(path: Path, source: DetectionModel, images: Tensor) -> Difference:
     if foreign:
         raise ReparamError(f"the deployed model still refers to {', '.join(foreign)}; nothing was written")
     loaded, _ = load_model(path)
-    expected = raw_outputs(copy.deepcopy(source).double(), images.double())
-    apart = expected.difference(raw_outputs(loaded.double(), images.double()))
-    limit = BOX_TOLERANCE * max(images.shape[-2:])
+    canvas = _check_canvas(source)
+    images = to_canvas(textured_images(CHECK_IMAGES), canvas, channels_of(source)).double()
+    expected = raw_outputs(copy.deepcopy(source).double(), images)
+    apart = expected.difference(raw_outputs(loaded.double(), images))
+    limit = BOX_TOLERANCE * max(canvas)
     if not (apart.box <= limit and apart.score <= SCORE_TOLERANCE):  # also true for NaN
         raise ReparamError(
             f"the deployed model differs from the trained one by {apart.box:.3g} px (bound {limit:.3g}) and "
             f"{apart.score:.3g} in score (bound {SCORE_TOLERANCE:g}); nothing was written"
         )
-    return apart
+    return {
+        "box_error_px": apart.box,
+        "score_error": apart.score,
+        "box_tolerance_px": limit,
+        "score_tolerance": SCORE_TOLERANCE,
+        "check_canvas": canvas,
+        "check_images": CHECK_IMAGES,
+    }

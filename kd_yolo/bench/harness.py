@@ -6,6 +6,7 @@ import datetime
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def benchmark(
     one, so that a machine that slows down slows all of them down and ratios hold.
 
     Args:
-        models: ``.pt`` checkpoints (timed in their deployed form, in PyTorch) and ``.onnx`` files (in ONNX Runtime).
+        models: ``.pt`` checkpoints (in their deployed form, in PyTorch) and ``.onnx`` files (in ONNX Runtime).
         imgsz: Side of the canvas; default the artifacts' own, which must then agree.
         batch: Images per call.
         data: Data set: its images are shown, and mAP is reported. Without it, synthetic images and no mAP.
@@ -53,42 +54,58 @@ def benchmark(
 
     Raises:
         ConfigError: An argument is not acceptable, or canvases differ.
-        ModelError: An artifact cannot be opened or its process died.
-        DataError: ``data`` cannot be read or has other classes.
         BackendMissingError: A runtime or provider is missing, or silently fell back to another one.
-        OutputError: ``out`` cannot be written to.
+        KDYoloError: An artifact, the data or the folder cannot be used.
     """
     artifacts = _check_models(models)
     _check_counts(batch=batch, rounds=rounds, iterations=iterations, threads=threads or 1)
     if out is not None:
         check_writable(Path(out))
-    count = threads or _usable_cores()
-    files, synthetic, shown, resolved = _pictures(data, split)
-    spec = {"imgsz": imgsz, "batch": batch, "device": str(device), "threads": count, "trust": trust}
-    with worker_pool(artifacts, count) as workers:
+    plan = _Plan(batch, rounds, iterations, threads or _usable_cores(), str(device), data, split)
+    report = _run(artifacts, plan, {"imgsz": imgsz, "trust": trust})
+    return report if out is None else save(report, Path(out))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Checked arguments of one benchmark."""
+
+    batch: int
+    rounds: int
+    iterations: int
+    threads: int
+    device: str
+    data: str | Path | None
+    split: str
+
+
+def _run(artifacts: Sequence[Path], plan: _Plan, loading: dict[str, Any]) -> BenchReport:
+    """Measure artifacts and gather the conditions they were measured under."""
+    files, synthetic, shown, resolved = _pictures(plan.data, plan.split)
+    spec = {**loading, "batch": plan.batch, "device": plan.device, "threads": plan.threads}
+    with worker_pool(artifacts, plan.threads) as workers:
         opened = _open(workers, {**spec, "images": files, "synthetic": synthetic})
         canvas = _one_canvas(artifacts, opened)
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-        rows = _measure(workers, opened, batch, rounds, iterations, resolved, split)
+        rows = _measure(workers, opened, plan, resolved)
     confidence, iou = _selection()
-    report = BenchReport(
+    return BenchReport(
         rows=rows,
         canvas=canvas,
-        batch=batch,
-        device=str(device),
-        threads=count,
-        rounds=rounds,
-        iterations=iterations,
+        batch=plan.batch,
+        device=plan.device,
+        threads=plan.threads,
+        rounds=plan.rounds,
+        iterations=plan.iterations,
         images=shown,
-        data=None if data is None else str(data),
-        split=split,
+        data=None if plan.data is None else str(plan.data),
+        split=plan.split,
         confidence=confidence,
         iou=iou,
         environment=_environment(opened),
         load_average=load,
         created=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     )
-    return report if out is None else save(report, Path(out))
 
 
 def _open(workers: Sequence[WorkerProcess], spec: dict[str, Any]) -> list[dict[str, Any]]:
@@ -101,22 +118,16 @@ def _open(workers: Sequence[WorkerProcess], spec: dict[str, Any]) -> list[dict[s
 
 
 def _measure(
-    workers: Sequence[WorkerProcess],
-    opened: Sequence[dict[str, Any]],
-    batch: int,
-    rounds: int,
-    iterations: int,
-    data: str | None,
-    split: str,
+    workers: Sequence[WorkerProcess], opened: Sequence[dict[str, Any]], plan: _Plan, data: str | None
 ) -> list[BenchRow]:
     """Warm up, time, weigh and judge opened artifacts."""
     warm = [WarmUp(**worker.ask("warm")) for worker in workers]
-    timed = _rounds(workers, rounds, iterations)
+    timed = _rounds(workers, plan.rounds, plan.iterations)
     memory = [worker.ask("memory") for worker in workers]
-    accuracy = _accuracy(workers, data, split)
+    accuracy = _accuracy(workers, data, plan.split)
     everything = zip(workers, opened, timed, warm, memory, accuracy, strict=True)
     return [
-        _row(worker.artifact, facts, calls, state, used, judged, batch)
+        _row(worker.artifact, facts, calls, state, used, judged, plan.batch)
         for worker, facts, calls, state, used, judged in everything
     ]
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from kd_yolo.data.layout import MARKER, files_under
 from kd_yolo.data.samples import SPLIT_WORDS, RawBox, Reading, Sample, images_under, split_of
 from kd_yolo.errors import DataError
 
@@ -18,7 +19,7 @@ def read_coco(src: Path) -> Reading:
     Raises:
         DataError: No COCO JSON, a malformed one, or none of its images found.
     """
-    files = sorted(path for path in src.rglob("*.json") if path.name != "conversion.json")
+    files = [path for path in files_under(src, {".json"}) if path.name != MARKER]
     reading = Reading()
     index: dict[str, list[Path]] = defaultdict(list)
     for image in images_under(src):

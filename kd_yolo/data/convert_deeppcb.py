@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from kd_yolo.data.layout import files_under
 from kd_yolo.data.samples import SPLIT_WORDS, RawBox, Reading, Sample, images_under
 from kd_yolo.errors import DataError
 
@@ -25,7 +26,7 @@ def read_deeppcb(src: Path) -> Reading:
     """
     reading = Reading()
     texts: dict[str, list[Path]] = defaultdict(list)
-    for text in sorted(src.rglob("*.txt")):
+    for text in files_under(src, {".txt"}):
         texts[text.stem].append(text)
     images = [path for path in images_under(src) if path.stem.endswith(_TESTED)]
     splits = _lists(src)

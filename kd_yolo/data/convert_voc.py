@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from kd_yolo.data.layout import files_under
 from kd_yolo.data.pixels import BadImageError
 from kd_yolo.data.samples import SPLIT_WORDS, RawBox, Reading, Sample, image_size, images_under, split_of
 from kd_yolo.errors import DataError
@@ -44,7 +45,7 @@ def read_voc(src: Path, origin: Origin = "auto") -> Reading:
     Raises:
         DataError: The folder holds no VOC XML, or none that belongs to an image.
     """
-    files = sorted(path for path in src.rglob("*.xml") if not path.name.startswith("."))
+    files = files_under(src, {".xml"})
     if not files:
         raise DataError(f"{src}: no .xml file in this folder or below; from=voc needs Pascal VOC annotations")
     reading = Reading()

@@ -12,7 +12,7 @@ import yaml
 
 from kd_yolo.data.builtin import Builtin, Raw, describe_datasets, load_builtin
 from kd_yolo.data.datayaml import load_data_yaml
-from kd_yolo.data.layout import MARKER
+from kd_yolo.data.layout import MARKER, files_under
 from kd_yolo.data.lock import locked
 from kd_yolo.data.progress import stderr_progress
 from kd_yolo.data.validate import validate_for_training
@@ -158,7 +158,7 @@ def _fingerprint(raw: Raw, source: Path) -> str:
     from kd_yolo.data.convert import VERSION
 
     digest = hashlib.sha256(f"{VERSION}\n{raw.model_dump_json(exclude={'folders', 'holds'})}\n".encode())
-    files = ((path.relative_to(source).as_posix(), path.stat().st_size) for path in source.rglob("*") if path.is_file())
+    files = ((path.relative_to(source).as_posix(), path.stat().st_size) for path in files_under(source))
     for name, size in sorted(files):
         digest.update(f"{name}\t{size}\n".encode())
     return digest.hexdigest()

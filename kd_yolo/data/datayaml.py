@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from kd_yolo.config import validate
-from kd_yolo.data.layout import IMAGE_SUFFIXES, SPLITS
+from kd_yolo.data.layout import IMAGE_SUFFIXES, SPLITS, files_under
 from kd_yolo.errors import DataError, nearest
 from kd_yolo.resources import load_yaml
 
@@ -63,7 +63,7 @@ class DataYaml:
         found: list[Path] = []
         for place in self.splits.get(split, []):
             if place.is_dir():
-                found += (p for p in place.rglob("*.*") if p.suffix.lower() in IMAGE_SUFFIXES)
+                found += files_under(place, IMAGE_SUFFIXES)
             else:
                 found += _listed(place)
         return sorted(found)

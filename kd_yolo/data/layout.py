@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -71,6 +71,25 @@ def check_replaceable(out: Path) -> None:
         raise OutputError(f"{out}: exists and is not a folder; choose another with out=FOLDER")
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise OutputError(f"{out}: exists and was not made by kd-yolo; choose another with out=FOLDER or move it away")
+
+
+def files_under(folder: Path, suffixes: Collection[str] | None = None) -> list[Path]:
+    """Return the files below a folder, sorted; links are followed and hidden names passed over, as Ultralytics does.
+
+    Args:
+        folder: Where to look.
+        suffixes: Lower-case suffixes to keep, with the dot; None keeps every file.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        if real not in seen:
+            visible = (Path(place, name) for name in names if not name.startswith("."))
+            found += (path for path in visible if suffixes is None or path.suffix.lower() in suffixes)
+        seen.add(real)
+    return sorted(found)
 
 
 def place_image(source: Path, target: Path, link: bool) -> None:

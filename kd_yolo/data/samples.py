@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kd_yolo.data.layout import IMAGE_SUFFIXES
+from kd_yolo.data.layout import IMAGE_SUFFIXES, files_under
 from kd_yolo.data.pixels import decode, open_header
 
 SPLIT_WORDS = {
@@ -58,8 +58,7 @@ class Reading:
 
 def images_under(folder: Path) -> list[Path]:
     """Return every image file below a folder, sorted; hidden files left out."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(path for path in found if not path.name.startswith(".") and path.is_file())
+    return files_under(folder, IMAGE_SUFFIXES)
 
 
 def split_of(relative: Path) -> str | None:

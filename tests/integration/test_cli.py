@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, listings, machine-readable output, every shipped YAML, every documented line."""
+"""The command line as a user meets it: help, listings, JSON output, every shipped YAML, every documented command."""
 
 from __future__ import annotations
 
@@ -121,7 +121,8 @@ def test_help__examples_parse(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["trian"], ["train", "--help"], ["data", "check", "--help"], ["train", "epochs"]]
+    "words",
+    [["--help"], ["--version"], ["trian"], ["train", "--help"], ["data", "check", "--help"], ["train", "epochs"]],
 )
 def test_help__imports_nothing_heavy(words: list[str]) -> None:
     code = "import sys; from kd_yolo.cli import main; main(sys.argv[1:]); print('LOADED', *sys.modules)"
@@ -283,7 +284,7 @@ def check_dataset(path: Path) -> None:
 
 
 def command_lines(text: str) -> Iterator[str]:
-    """Yield the lines of fenced blocks that start with ``kd-yolo``; continued ones joined, those with ``...`` left out."""
+    """Yield the lines of fenced blocks that start with ``kd-yolo``, continued ones joined; not those with ``...``."""
     fence = ""
     joined = ""
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it works away from the sources. A whole demo from it is run by hand, see CONTRIBUTING."""
+"""The wheel: what is in it, and that it works away from the sources. docs/CONTRIBUTING.md has the demo run by hand."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_wheel__content_equals_the_sources(wheel: Path) -> None:
 
 def test_wheel__is_what_is_imported(installed: Path, tmp_path: Path) -> None:
     """An editable install lies in the same environment: without this check the tests below could read the sources."""
-    code = "import kd_yolo, kd_yolo.cfg, kd_yolo.export; print(*(m.__file__ for m in (kd_yolo, kd_yolo.cfg, kd_yolo.export)))"
+    code = "import kd_yolo, kd_yolo.cfg as c, kd_yolo.export as e; print(kd_yolo.__file__, c.__file__, e.__file__)"
     files = run(installed, tmp_path, "-c", code).split()
     assert len(files) == 3
     assert all(Path(file).is_relative_to(installed) for file in files), files
@@ -92,7 +92,8 @@ def test_wheel__is_what_is_imported(installed: Path, tmp_path: Path) -> None:
 def test_wheel__imports_every_module(installed: Path, tmp_path: Path) -> None:
     code = (
         "import importlib, pkgutil, kd_yolo\n"
-        "names = [m.name for m in pkgutil.walk_packages(kd_yolo.__path__, 'kd_yolo.') if not m.name.endswith('__main__')]\n"
+        "found = pkgutil.walk_packages(kd_yolo.__path__, 'kd_yolo.')\n"
+        "names = [m.name for m in found if not m.name.endswith('__main__')]\n"
         "for name in names: importlib.import_module(name)\n"
         "print(len(names))"
     )
