@@ -146,7 +146,7 @@ COMMANDS: dict[str, Command] = {
             "check data= [imgsz=640] [out=sheet.png]": "find label, image and split errors; draw a contact sheet",
             "convert from=voc|masks|coco|deeppcb src= out=": "bring a published layout into YOLO form",
             "make out= [train=240] [val=60] [test=60] [seed=0]": "write the built-in synthetic steel set",
-            "split data= out= [ratios=0.8,0.1,0.1] [folds=K] [group=REGEX]": "split again, leakage-free",
+            "split data= out= [split=0.8/0.1/0.1|kfold:5|FOLDER] [group=REGEX]": "split again, leakage-free",
         },
         example="kd-yolo data check data=steel-synth",
     ),

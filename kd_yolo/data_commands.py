@@ -10,7 +10,6 @@ from pydantic import Field
 
 from kd_yolo.config import Strict, validate
 from kd_yolo.data.progress import stderr_progress
-from kd_yolo.errors import ConfigError
 
 Outcome = tuple[str, Any]
 
@@ -60,7 +59,6 @@ class SplitKeys(Strict):
     split: str = "0.8/0.1/0.1"
     group: str | None = None
     seed: int = Field(default=0, ge=0)
-    mode: Literal["copy", "link"] = "copy"
 
 
 def check(values: Mapping[str, Any]) -> Outcome:
@@ -112,23 +110,14 @@ def make(values: Mapping[str, Any]) -> Outcome:
 def split(values: Mapping[str, Any]) -> Outcome:
     """Split a data set again, never separating identical images."""
     keys = _keys(SplitKeys, values, "data split")
-    from kd_yolo.data.convert import convert as run
     from kd_yolo.data.datasets import resolve_dataset
+    from kd_yolo.data.resplit import make_split
     from kd_yolo.data.splits import parse_split
 
-    if keys.split in {"auto", "published"}:
-        raise ConfigError(
-            f"data split: split={keys.split} changes nothing; use 0.8/0.1/0.1, kfold:5:0 or a folder of lists"
-        )
-    report = run(
-        "yolo",
-        resolve_dataset(keys.data),
-        Path(keys.out).expanduser(),
-        split=parse_split(keys.split, keys.seed, keys.group),
-        mode=keys.mode,
-        progress=stderr_progress(f"{keys.data}: splitting"),
-    )
-    return f"{report.to_text()}\nuse it with data={report.yaml}", report.to_dict()
+    spec = parse_split(keys.split, keys.seed, keys.group)
+    yamls = make_split(resolve_dataset(keys.data), Path(keys.out).expanduser(), spec)
+    lines = [f"use it with data={yaml}" for yaml in yamls]
+    return "\n".join(lines), {"yamls": [str(yaml) for yaml in yamls]}
 
 
 SUBCOMMANDS: dict[str, Callable[[Mapping[str, Any]], Outcome]] = {

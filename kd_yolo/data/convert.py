@@ -116,8 +116,7 @@ def convert(
         from_: ``voc``, ``masks``, ``coco`` or ``deeppcb``.
         src: The published folder.
         out: Folder to write; replaced when this package wrote it, refused when it holds anything else.
-        split: How to split; by default lists in ``src/splits``, else the fixed split of a data set known by its file
-            names (NEU-DET), else the published split, else 0.8/0.1/0.1 at random.
+        split: By default lists in ``src/splits``, else NEU-DET's fixed split, else the published, else a random one.
         names: Class names in the order of their ids; by default those found, sorted.
         origin: VOC only: see ``convert_voc``.
         min_area: Masks only: smallest component, pixels.

@@ -84,6 +84,7 @@ def test_reparameterize__keeps_mode_gradients_and_layer_attributes() -> None:
         block = model.get_submodule(name)
         assert type(block) is RepBlock
         assert {p.requires_grad for p in block.parameters()} == {name != "model.0"}
+        assert not block.skip  # the trainable 1x1 branch can hold the identity itself
     training = stock_model("yolov8n.yaml").train()
     reparameterize(training)
     assert all(module.training for module in rep_blocks(training).values())
@@ -95,7 +96,7 @@ def test_reparameterize__yaml_rebuilds_the_structure(form: str) -> None:
     source_yaml = model.yaml
     reparameterize(model, form)
     assert "kd_yolo" not in source_yaml  # the caller's dictionary is not written to
-    assert model.yaml["kd_yolo"]["reparam"] == form
+    assert model.yaml["kd_yolo"] == {"reparam": form, "scope": "all", "identity": form != "qarep", "branches": 2}
     again = build_model(yaml.safe_load(yaml.safe_dump(model.yaml)), nc=6)
     again.load_state_dict(model.state_dict())
     images = random_images(model, imgsz=64).float()
