@@ -84,10 +84,8 @@ class KDYOLO(YOLO):
         """
         from kd_yolo.training import train
 
-        own = {"model": str(self.ckpt_path or self.model_name).removesuffix(".yaml"), "trust": self._trust}
-        if str(own["model"]) == str(self.ckpt_path):
-            own["model"] = str(self.ckpt_path)
-        config, stock, groups = split_train_keys({**own, **kwargs})
+        model = str(self.ckpt_path) if self.ckpt_path else str(self.model_name).removesuffix(".yaml")
+        config, stock, groups = split_train_keys({"model": model, "trust": self._trust, **kwargs})
         report = train(config, stock, groups)
         self._load(str(report.best), task="detect")
         return report

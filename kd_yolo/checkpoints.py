@@ -164,8 +164,12 @@ def _read_restricted(file: Path) -> dict[str, Any]:
 
 
 def _check_readable(file: Path) -> None:
-    """Refuse an archive whose list of classes cannot be read."""
+    """Refuse an archive whose checksums are wrong, which PyTorch does not look at, or whose classes cannot be listed."""
     try:
+        with zipfile.ZipFile(file) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
         foreign_classes(file)
     except DAMAGE as error:
         raise _damaged(file, error) from error

@@ -137,9 +137,10 @@ def _new_run_dir(stock: Mapping[str, Any]) -> Path:
     name = str(stock.get("name") or "train")
     run_dir = project / name
     if stock.get("exist_ok"):
-        if (run_dir / RUN_FILE).is_file():
-            for phase in run_dir.glob("*/phase.json"):  # exist_ok means: overwrite this run
-                shutil.rmtree(phase.parent)
+        if (run_dir / RUN_FILE).is_file():  # overwrite this run: nothing of it may be taken for the new one's progress
+            for phase in (run_dir / "teacher", *run_dir.glob("student*")):
+                if phase.is_dir():
+                    shutil.rmtree(phase)
             (run_dir / "report.json").unlink(missing_ok=True)
     else:
         number = 2

@@ -151,3 +151,21 @@ def test_truncate_csv__drops_rows_of_unfinished_epochs(tmp_path: Path) -> None:
     path.write_text("epoch,time\n1,0.5\n2,0.9\n3,1.4\n")
     truncate_csv(path, epochs_done=2)
     assert path.read_text() == "epoch,time\n1,0.5\n2,0.9\n"
+
+
+def test_train__exist_ok_starts_afresh_over_an_unfinished_run(
+    train_keys: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An overwritten run must not be taken for the new run's progress."""
+    keys = train_keys(teacher="none", epochs=3, exist_ok=True)
+    fresh = losses(start({**keys, "name": "fresh", "seed": 9}), "student")
+
+    def no_second_epoch(self: KDTrainer) -> None:
+        if self.epoch == 1:
+            raise PowerCutError
+
+    monkeypatch.setattr(KDTrainer, "_refuse_broken_distillation", no_second_epoch)
+    with pytest.raises(PowerCutError):
+        start({**keys, "seed": 1})
+    monkeypatch.undo()
+    assert losses(start({**keys, "seed": 9}), "student") == fresh

@@ -166,7 +166,7 @@ BYTES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "truncated": (lambda content: content[: len(content) // 2], "truncated, or not a PyTorch checkpoint"),
     "text": (lambda content: b"hello", "truncated, or not a PyTorch checkpoint"),
     "damaged": (damage, "damaged or not a checkpoint"),
-    "flipped": (flip_weights, "damaged or not a checkpoint"),
+    "flipped": (flip_weights, "checksum"),
 }
 
 
@@ -230,8 +230,10 @@ def test_load_model__names_are_never_looked_up(
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("name", ["yolov5n.pt", "it's.pt"])
-def test_load_model__names_that_ultralytics_rewrites(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
+def test_load_model__names_read_as_others(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(tiny_checkpoint.read_bytes())
+    if "yolov5" in name and "u" in str(path):
+        pytest.skip("Ultralytics leaves yolov5 names alone when the path has the letter it would add")
     with pytest.raises(CheckpointError, match="rename the file"):
         load_model(path)
