@@ -141,7 +141,7 @@ def count_convolutions(model: nn.Module) -> int:
     return sum(isinstance(module, nn.Conv2d) for module in model.modules())
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: the head caches its anchors, which must stay usable in training
 def raw_outputs(model: DetectionModel, images: Tensor) -> RawOutputs:
     """Return what the chosen branch of a detector in eval mode says about images (B, C, H, W), before any selection."""
     head = head_of(model)

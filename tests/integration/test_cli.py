@@ -175,6 +175,27 @@ def test_main__interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "resume=true" in captured.err
 
 
+@pytest.mark.parametrize("word", ["epochs=many", "epochs=0", "imgsz=100", "model=lightnet-x"])
+def test_demo__bad_value(word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", f"project={tmp_path / 'runs'}", word]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kd-yolo: ")]
+    assert len(lines) == 1
+    assert word.partition("=")[2] in lines[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data__make_then_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from kd_yolo.data.datayaml import load_data_yaml
+
+    assert main(["data", "make", f"out={tmp_path / 'made'}", "train=8", "val=4", "test=4"]) == 0
+    words = [f"data={tmp_path / 'made'}", f"out={tmp_path / 'again'}", "split=0.5/0.25/0.25", "json=true"]
+    assert main(["data", "split", *words]) == 0, capsys.readouterr().err
+    made, again = (load_data_yaml(tmp_path / name / "data.yaml") for name in ("made", "again"))
+    assert sum(len(again.images(split)) for split in again.splits) == 16
+    assert again.names == made.names
+    assert main(["data", "check", f"data={tmp_path / 'again'}", f"out={tmp_path / 'sheet.png'}", "split=val"]) == 0
+
+
 @pytest.mark.parametrize("name", ["models", "methods", "doctor"])
 def test_json__listings(name: str, tmp_path: Path) -> None:
     done = run("-m", "kd_yolo", name, "json=true", cwd=tmp_path)
