@@ -174,9 +174,9 @@ def _export(job: _Job, source: DetectionModel, checkpoint: dict[str, Any], image
 
 def _publish(made: Path, report: ExportReport) -> None:
     """Give a proven file its name; a file under its final name always has its proof beside it."""
-    with written_aside(report.path) as aside, written_aside(report.parity_path) as parity_aside:
+    with written_aside(report.path) as aside:
         aside.write_bytes(made.read_bytes())
-        write_json(parity_aside, report.to_dict())
+        write_json(report.parity_path, report.to_dict())
 
 
 def _choose_head(source: DetectionModel, nms: bool, nms_free: bool | None, name: str) -> None:

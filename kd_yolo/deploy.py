@@ -144,7 +144,7 @@ def deploy(
     use_head(source, nms, str(path))
     deployed, merged = deployed_form(source, nms, str(path))
     about: dict[str, Any] = {"source_sha256": sha256(path), "head": head_name(nms)}
-    with written_aside(target) as aside, written_aside(target.with_suffix(".json")) as json_aside:
+    with written_aside(target) as aside:
         aside.write_bytes(serialize(deployed, checkpoint, about))
         report = DeployReport(
             path=target,
@@ -159,7 +159,7 @@ def deploy(
             **_verify(aside, source),
             **_count(source, deployed),
         )
-        write_json(json_aside, report.to_dict())
+        write_json(report.provenance, report.to_dict())  # a deployed file always has its provenance beside it
     return report
 
 

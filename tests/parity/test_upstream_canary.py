@@ -1,9 +1,10 @@
-"""What kd-yolo leans on in Ultralytics. When one of these fails, upstream changed it: mend the named module, not the test."""
+"""What kd-yolo leans on in Ultralytics: a failure means that upstream changed; mend the named module, not the test."""
 
 from __future__ import annotations
 
 import inspect
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_signatures__hold_what_is_used(function: object, needs: set[str]) -> Non
 
 
 def test_trainer__wraps_after_attributes_and_before_optimizer() -> None:
-    """tasks/detect.py wraps in set_model_attributes(): it must run before the stock wrapping, DDP, optimizer and EMA."""
+    """tasks/detect.py wraps in set_model_attributes(): before the stock wrapping, DDP, optimizer and EMA."""
     source = inspect.getsource(BaseTrainer._setup_train)
     order = ["setup_model()", "set_model_attributes()", "isinstance(unwrap_model(self.model), DistillationModel)"]
     order += ["DistributedDataParallel(", "_build_train_pipeline()", "ModelEMA(", "resume_training("]
@@ -80,7 +81,7 @@ def test_criterion__assigner_returns_the_foreground_fourth() -> None:
 
 def test_loader__keeps_an_iterator_whose_sampler_can_be_advanced() -> None:
     """tasks/exact_resume.py replays the sampler of a loader without workers."""
-    loader = InfiniteDataLoader(torch.arange(5), batch_size=2, shuffle=True, generator=torch.Generator())
+    loader: Any = InfiniteDataLoader(torch.arange(5), batch_size=2, shuffle=True, generator=torch.Generator())
     assert isinstance(loader, DataLoader)
     assert loader.iterator is None
     iterator = loader._get_iterator()
