@@ -32,14 +32,37 @@ class GraphOutput:
 
 
 @dataclass(frozen=True)
+class Detected:
+    """Detections of one image, and what they were selected from.
+
+    Attributes:
+        rows: (n, 6): x1, y1, x2, y2, score, class; best first.
+        boxes: All boxes (A, 4) before selection, or None where only the selection is known.
+        scores: Their class scores (A, K), or None.
+    """
+
+    rows: Tensor
+    boxes: Tensor | None = None
+    scores: Tensor | None = None
+
+    def says(self, row: Tensor, tie: float) -> bool:
+        """Return whether a detection (6,) stands among what was selected from; True where that is not known."""
+        if self.boxes is None or self.scores is None:
+            return True
+        same_score = (self.scores[:, int(row[5])] - row[4]).abs() <= tie * row[4]
+        return bool((same_score & (box_iou(row[None, :4], self.boxes)[0] >= MATCH_IOU)).any())
+
+
+@dataclass(frozen=True)
 class Match:
     """How the detections of one image pair up.
 
     Attributes:
         ious: IoU of every pair of the same class, all >= 0.99.
         alone: Detections of either side without a partner, and without an excuse.
-        excused: Detections without a partner that rounding explains: their score ties with that of the overlapping box
-            which the other side kept instead, or lies at the cut below which nothing is kept.
+        excused: Detections without a partner that rounding explains: the other side has the same box with the same score
+            but did not select it, because the score ties with that of an overlapping box which it kept instead, or lies
+            at the cut below which nothing is kept.
     """
 
     ious: list[float]
@@ -47,21 +70,22 @@ class Match:
     excused: int
 
 
-def match_detections(reference: Tensor, artifact: Tensor, cut: float, tie: float, iou: float = NMS_IOU) -> Match:
-    """Pair detections (n, 6) and (m, 6) of one image one to one, same class, IoU >= 0.99, best overlap first.
+def match_detections(reference: Detected, artifact: Detected, cut: float, tie: float, iou: float = NMS_IOU) -> Match:
+    """Pair the detections of two sides one to one: same class, IoU >= 0.99, best overlap first.
 
     Args:
-        reference: x1, y1, x2, y2, score, class; best first.
-        artifact: The same of the other side.
+        reference: What the float32 model detects in one image.
+        artifact: What the graph detects.
         cut: Lowest score that a detection may have.
         tie: Difference of scores that rounding explains, as a fraction of the larger one.
         iou: Overlap bound of NMS.
     """
-    overlap = box_iou(reference[:, :4], artifact[:, :4])
-    ours, theirs = reference[:, None, 4], artifact[None, :, 4]
-    near = (ours - theirs).abs() <= tie * ours.maximum(theirs)
+    ours, theirs = reference.rows, artifact.rows
+    overlap = box_iou(ours[:, :4], theirs[:, :4])
+    scores = ours[:, None, 4], theirs[None, :, 4]
+    near = (scores[0] - scores[1]).abs() <= tie * scores[0].maximum(scores[1])
     tied = (overlap > iou) & near  # whatever the class: two classes of one anchor may tie as well
-    overlap[reference[:, None, 5] != artifact[None, :, 5]] = 0.0
+    overlap[ours[:, None, 5] != theirs[None, :, 5]] = 0.0
     pairs = [(float(overlap[i, j]), i, j) for i, j in (overlap >= MATCH_IOU).nonzero().tolist()]
     rows: set[int] = set()
     columns: set[int] = set()
@@ -71,12 +95,16 @@ def match_detections(reference: Tensor, artifact: Tensor, cut: float, tie: float
             rows.add(row)
             columns.add(column)
             ious.append(value)
-    left = [(reference, tied.any(1), rows, artifact), (artifact, tied.any(0), columns, reference)]
     alone = excused = 0
-    for side, has_tie, paired, other in left:
-        lowest = max(cut, float(other[:, 4].min())) if len(other) == MAX_DETECTIONS else cut
+    for side, other, has_tie, paired in (
+        (ours, artifact, tied.any(1), rows),
+        (theirs, reference, tied.any(0), columns),
+    ):
+        full = len(other.rows) == MAX_DETECTIONS
+        lowest = max(cut, float(other.rows[:, 4].min())) if full else cut
         for index in set(range(len(side))) - paired:
-            if bool(has_tie[index]) or float(side[index, 4]) <= lowest * (1 + tie):
+            explained = bool(has_tie[index]) or float(side[index, 4]) <= lowest * (1 + tie)
+            if explained and other.says(side[index], tie):
                 excused += 1
             else:
                 alone += 1

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from kd_yolo.export.matching import MATCH_IOU, GraphOutput, Match, compare_rows, match_detections, worse
+from kd_yolo.export.matching import MATCH_IOU, Detected, GraphOutput, Match, compare_rows, match_detections, worse
 from torch import Tensor
 from ultralytics.nn.tasks import DetectionModel
 
 from kd_yolo.images import Image, ImageSet, to_canvas
-from kd_yolo.inference import CONFIDENCE, Difference, channels_of, detections, raw_outputs, split_raw
+from kd_yolo.inference import CONFIDENCE, Difference, RawOutputs, channels_of, detections, raw_outputs, split_raw
 
 MIN_IMAGES = 32
 ANCHORS_PER_IMAGE = 20  # above the threshold before NMS, on average: enough to compare
@@ -133,10 +133,10 @@ class _Totals:
         self.images += images
         self.score_error = worse(self.score_error, difference.score)
 
-    def add_match(self, reference: Tensor, artifact: Tensor, match: Match) -> None:
+    def add_match(self, reference: Detected, artifact: Detected, match: Match) -> None:
         """Take in the detections of one image."""
-        self.reference += len(reference)
-        self.artifact += len(artifact)
+        self.reference += len(reference.rows)
+        self.artifact += len(artifact.rows)
         self.matched += len(match.ious)
         self.excused += match.excused
         self.alone += match.alone
@@ -211,15 +211,19 @@ def _compare(
     if output.kind == "raw":
         raw = split_raw(result.transpose(1, 2), xyxy=False)
         difference = reference.difference(raw)
-        found = detections(raw, output.nms, confidence)
+        found = _with_raw(detections(raw, output.nms, confidence), raw)
     else:
         rows = [item[item[:, 4] > output.confidence] for item in result]
         difference = compare_rows(reference, rows, output)
-        found = [item[item[:, 4] > confidence] for item in rows]
+        found = [Detected(item[item[:, 4] > confidence]) for item in rows]
     totals.add_raw(difference, max(pixels.shape[-2:]), count)
-    wanted = detections(reference, output.nms, confidence, output.iou)
+    wanted = _with_raw(detections(reference, output.nms, confidence, output.iou), reference)
     for one, other in zip(wanted, found, strict=True):
         totals.add_match(one, other, match_detections(one, other, confidence, tie, output.iou))
+
+
+def _with_raw(rows: Sequence[Tensor], raw: RawOutputs) -> list[Detected]:
+    return [Detected(*item) for item in zip(rows, raw.boxes, raw.scores, strict=True)]
 
 
 def _confidence(model: DetectionModel, images: Sequence[Image], canvas: tuple[int, int]) -> float:

@@ -164,7 +164,7 @@ def _read_restricted(file: Path) -> dict[str, Any]:
 
 
 def _check_readable(file: Path) -> None:
-    """Refuse an archive whose checksums are wrong, which PyTorch does not look at, or whose classes cannot be listed."""
+    """Refuse an archive with wrong checksums, which PyTorch does not look at, or whose classes cannot be listed."""
     try:
         with zipfile.ZipFile(file) as archive:
             broken = archive.testzip()

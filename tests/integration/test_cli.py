@@ -251,6 +251,21 @@ def test_json__deploy(tiny_teacher: Path, tmp_path: Path) -> None:
     assert json.loads(out.with_suffix(".json").read_text()) == content
 
 
+def test_train__refused_teacher_leaves_nothing(tiny_teacher: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """In a process of its own: under pytest Ultralytics puts its default folders somewhere else."""
+    words = [
+        f"data={tiny_data}",
+        "model=lightnet-n",
+        f"teacher={tiny_teacher}",
+        "imgsz=64",
+        f"project={tmp_path / 'runs'}",
+    ]
+    done = run("-m", "kd_yolo", "train", *words, "device=cpu", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "allow_weak_teacher=true" in done.stderr
+    assert not any(tmp_path.iterdir()), sorted(str(path) for path in tmp_path.rglob("*"))
+
+
 # ---- shipped YAML ----------------------------------------------------------------------------------------------------
 
 

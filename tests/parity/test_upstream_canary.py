@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.engine.trainer import BaseTrainer
@@ -82,7 +81,6 @@ def test_criterion__assigner_returns_the_foreground_fourth() -> None:
 def test_loader__keeps_an_iterator_whose_sampler_can_be_advanced() -> None:
     """tasks/exact_resume.py replays the sampler of a loader without workers."""
     loader: Any = InfiniteDataLoader(torch.arange(5), batch_size=2, shuffle=True, generator=torch.Generator())
-    assert isinstance(loader, DataLoader)
     assert loader.iterator is None
     iterator = loader._get_iterator()
     drawn = sorted(index for _ in range(3) for index in next(iterator._sampler_iter))

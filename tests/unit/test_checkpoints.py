@@ -216,7 +216,12 @@ def test_load_model__wrong_content(tmp_path: Path, kind: str) -> None:
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("yolo26n.pt", "no such file"), ("gone/best.pt", "no such file"), ("model.onnx", "is not a .pt"), ("d.pt", "is not a file")],
+    [
+        ("yolo26n.pt", "no such file"),
+        ("gone/best.pt", "no such file"),
+        ("model.onnx", "is not a .pt"),
+        ("d.pt", "is not a file"),
+    ],
 )
 def test_load_model__names_are_never_looked_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str

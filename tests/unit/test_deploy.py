@@ -158,7 +158,14 @@ def test_deploy__training_form_does_not_load_without_kd_yolo(tiny_checkpoint: Pa
 
 def test_deploy__validates_and_fuses_as_stock(deployed: DeployReport, tiny_checkpoint: Path, tmp_path: Path) -> None:
     data = tiny_dataset(tmp_path / "set")
-    keys: dict[str, Any] = {"data": str(data), "imgsz": 64, "rect": False, "plots": False, "verbose": False, "workers": 0}
+    keys: dict[str, Any] = {
+        "data": str(data),
+        "imgsz": 64,
+        "rect": False,
+        "plots": False,
+        "verbose": False,
+        "workers": 0,
+    }
     nms = None if deployed.head == "nms" else False
     results = [
         YOLO(path).val(**keys, nms=nms, device="cpu", project=str(tmp_path), name=str(index)).results_dict
@@ -202,7 +209,9 @@ def test_deploy__recipe_of_the_run(tmp_path: Path, where: str) -> None:
     recipe.parent.mkdir()
     recipe.write_text("kd_yolo: 1\nmethod: kd-lightnet\nteacher: t.pt\nteacher_sha256: ab\n")
     recorded = {"distill_model": str(recipe)} if where == "recorded" else {}
-    source = save_checkpoint(tiny_detector(), tmp_path / "run" / "weights" / "best.pt", train_args={"imgsz": 64, **recorded})
+    source = save_checkpoint(
+        tiny_detector(), tmp_path / "run" / "weights" / "best.pt", train_args={"imgsz": 64, **recorded}
+    )
     report = deploy(source)
     assert report.recipe is not None
     assert report.recipe["method"] == "kd-lightnet"
@@ -261,9 +270,7 @@ def test_deploy__full_disk_leaves_the_old_file(
         ("file/below.pt", OutputError, "cannot create this folder"),
     ],
 )
-def test_deploy__bad_out(
-    tiny_checkpoint: Path, tmp_path: Path, out: str, error: type[Exception], message: str
-) -> None:
+def test_deploy__bad_out(tiny_checkpoint: Path, tmp_path: Path, out: str, error: type[Exception], message: str) -> None:
     (tmp_path / "file").write_text("in the way")
     target = tiny_checkpoint if out == "SOURCE" else tmp_path / out
     with pytest.raises(error, match=message):

@@ -29,9 +29,7 @@ def pixels() -> torch.Tensor:
     return to_canvas(textured_images(4), (64, 96))
 
 
-@pytest.mark.parametrize(
-    ("imgsz", "expected"), [(64, (64, 64)), ([64, 96], (64, 96)), ((32, 32), (32, 32))]
-)
+@pytest.mark.parametrize(("imgsz", "expected"), [(64, (64, 64)), ([64, 96], (64, 96)), ((32, 32), (32, 32))])
 def test_check_canvas__good(imgsz: Any, expected: tuple[int, int]) -> None:
     assert check_canvas(imgsz, 32) == expected
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from detector_factory import tiny_detector
+from kd_yolo.export.matching import GraphOutput
+from kd_yolo.export.parity import TOLERANCES, ParityReport, check_parity
 from torch import Tensor
 from ultralytics.nn.tasks import DetectionModel
 
-from kd_yolo.export.matching import GraphOutput
-from kd_yolo.export.parity import TOLERANCES, ParityReport, check_parity
 from kd_yolo.images import ImageSet, image_set
 from kd_yolo.inference import deployed_form, use_head
 
