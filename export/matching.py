@@ -11,8 +11,6 @@ from ultralytics.utils.metrics import box_iou
 
 from kd_yolo.inference import MAX_DETECTIONS, NMS_IOU, Difference, RawOutputs, detections
 
-MATCH_IOU = 0.99
-
 
 @dataclass(frozen=True)
 class GraphOutput:
@@ -32,6 +30,23 @@ class GraphOutput:
 
 
 @dataclass(frozen=True)
+class MatchLimits:
+    """When two detections are the same, and when a difference is rounding.
+
+    Attributes:
+        cut: Lowest score that a detection may have.
+        same: Lowest IoU of a pair.
+        tie: Difference of scores that rounding explains, as a fraction of the larger one.
+        nms: Overlap bound of NMS.
+    """
+
+    cut: float
+    same: float = 0.99
+    tie: float = 1e-3
+    nms: float = NMS_IOU
+
+
+@dataclass(frozen=True)
 class Detected:
     """Detections of one image, and what they were selected from.
 
@@ -45,12 +60,12 @@ class Detected:
     boxes: Tensor | None = None
     scores: Tensor | None = None
 
-    def says(self, row: Tensor, tie: float) -> bool:
+    def says(self, row: Tensor, limits: MatchLimits) -> bool:
         """Return whether a detection (6,) stands among what was selected from; True where that is not known."""
         if self.boxes is None or self.scores is None:
             return True
-        same_score = (self.scores[:, int(row[5])] - row[4]).abs() <= tie * row[4]
-        return bool((same_score & (box_iou(row[None, :4], self.boxes)[0] >= MATCH_IOU)).any())
+        same_score = (self.scores[:, int(row[5])] - row[4]).abs() <= limits.tie * row[4]
+        return bool((same_score & (_overlap(row[None, :4], self.boxes)[0] >= limits.same)).any())
 
 
 @dataclass(frozen=True)
@@ -58,11 +73,11 @@ class Match:
     """How the detections of one image pair up.
 
     Attributes:
-        ious: IoU of every pair of the same class, all >= 0.99.
+        ious: IoU of every pair of the same class.
         alone: Detections of either side without a partner, and without an excuse.
-        excused: Detections without a partner that rounding explains: the other side has the same box with the same score
-            but did not select it, because the score ties with that of an overlapping box which it kept instead, or lies
-            at the cut below which nothing is kept.
+        excused: Detections without a partner that rounding explains: the other side has the same box with the same
+            score but did not select it, because the score ties with that of an overlapping box which it kept instead,
+            or lies at the cut below which nothing is kept.
     """
 
     ious: list[float]
@@ -70,23 +85,21 @@ class Match:
     excused: int
 
 
-def match_detections(reference: Detected, artifact: Detected, cut: float, tie: float, iou: float = NMS_IOU) -> Match:
-    """Pair the detections of two sides one to one: same class, IoU >= 0.99, best overlap first.
+def match_detections(reference: Detected, artifact: Detected, limits: MatchLimits) -> Match:
+    """Pair the detections of two sides one to one: same class, the same box, best overlap first.
 
     Args:
         reference: What the float32 model detects in one image.
         artifact: What the graph detects.
-        cut: Lowest score that a detection may have.
-        tie: Difference of scores that rounding explains, as a fraction of the larger one.
-        iou: Overlap bound of NMS.
+        limits: When two detections are the same.
     """
     ours, theirs = reference.rows, artifact.rows
-    overlap = box_iou(ours[:, :4], theirs[:, :4])
+    overlap = _overlap(ours[:, :4], theirs[:, :4])
     scores = ours[:, None, 4], theirs[None, :, 4]
-    near = (scores[0] - scores[1]).abs() <= tie * scores[0].maximum(scores[1])
-    tied = (overlap > iou) & near  # whatever the class: two classes of one anchor may tie as well
+    near = (scores[0] - scores[1]).abs() <= limits.tie * scores[0].maximum(scores[1])
+    tied = (overlap > limits.nms) & near  # whatever the class: two classes of one anchor may tie as well
     overlap[ours[:, None, 5] != theirs[None, :, 5]] = 0.0
-    pairs = [(float(overlap[i, j]), i, j) for i, j in (overlap >= MATCH_IOU).nonzero().tolist()]
+    pairs = [(float(overlap[i, j]), i, j) for i, j in (overlap >= limits.same).nonzero().tolist()]
     rows: set[int] = set()
     columns: set[int] = set()
     ious: list[float] = []
@@ -101,10 +114,10 @@ def match_detections(reference: Detected, artifact: Detected, cut: float, tie: f
         (theirs, reference, tied.any(0), columns),
     ):
         full = len(other.rows) == MAX_DETECTIONS
-        lowest = max(cut, float(other.rows[:, 4].min())) if full else cut
+        lowest = max(limits.cut, float(other.rows[:, 4].min())) if full else limits.cut
         for index in set(range(len(side))) - paired:
-            explained = bool(has_tie[index]) or float(side[index, 4]) <= lowest * (1 + tie)
-            if explained and other.says(side[index], tie):
+            explained = bool(has_tie[index]) or float(side[index, 4]) <= lowest * (1 + limits.tie)
+            if explained and other.says(side[index], limits):
                 excused += 1
             else:
                 alone += 1
@@ -144,6 +157,15 @@ def compare_rows(raw: RawOutputs, rows: Sequence[Tensor], output: GraphOutput) -
 def worse(a: float, b: float) -> float:
     """Return the larger number, or NaN if either is."""
     return float("nan") if a != a or b != b else max(a, b)
+
+
+def _overlap(one: Tensor, other: Tensor) -> Tensor:
+    """Return the IoU (n, m) of boxes (n, 4) and (m, 4), corners in any order.
+
+    A head without box distribution may put x2 left of x1 where it is unsure; such a box must still equal itself.
+    """
+    pairs = [torch.cat((b[:, :2].minimum(b[:, 2:]), b[:, :2].maximum(b[:, 2:])), 1) for b in (one, other)]
+    return box_iou(*pairs)
 
 
 def _nearest_pair(boxes: Tensor, scores: Tensor, found: Tensor) -> tuple[Tensor, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,18 @@ if TYPE_CHECKING:
     from kd_yolo.training import TrainReport
 
 MODEL_FILES = {".pt", ".onnx", ".engine", ".xml", ".torchscript", ".yaml", ".yml"}
+
+
+class KDPredictor(DetectionPredictor):
+    """The stock predictor, but one that returns its results under any program name.
+
+    Ultralytics takes a program whose name ends in "yolo" for its own command line and then calls ``predict_cli``, which
+    returns nothing.
+    """
+
+    def predict_cli(self, source: Any = None, model: Any = None) -> Iterator[Any]:
+        """Return the results as a generator instead of dropping them."""
+        return self(source, model, stream=True)
 
 
 class KDYOLO(YOLO):
@@ -69,7 +82,7 @@ class KDYOLO(YOLO):
                 "model": DetectionModel,
                 "trainer": KDTrainer,
                 "validator": DetectionValidator,
-                "predictor": DetectionPredictor,
+                "predictor": KDPredictor,
             }
         }
 
@@ -85,7 +98,8 @@ class KDYOLO(YOLO):
         from kd_yolo.training import train
 
         model = str(self.ckpt_path) if self.ckpt_path else str(self.model_name).removesuffix(".yaml")
-        config, stock, groups = split_train_keys({"model": model, "trust": self._trust, **kwargs})
+        own = {"data": "resumed"} if kwargs.get("resume") else {"model": model, "trust": self._trust}
+        config, stock, groups = split_train_keys({**own, **kwargs})
         report = train(config, stock, groups)
         self._load(str(report.best), task="detect")
         return report
@@ -98,7 +112,8 @@ class KDYOLO(YOLO):
 
     def predict(self, source: Any = None, stream: bool = False, **kwargs: Any) -> Any:
         """Detect on the square canvas, so that ``.pt`` and exported files return the same boxes."""
-        return super().predict(source, stream, **{"rect": False, **kwargs})
+        results = super().predict(source, stream, **{"rect": False, "save": False, **kwargs})
+        return results if stream or isinstance(results, list) else list(results)
 
     def deploy(self, out: str | Path | None = None, nms: bool = True) -> DeployReport:
         """Merge branches and write a checkpoint of stock classes; see ``kd_yolo.deploy.deploy``."""
@@ -123,7 +138,7 @@ class KDYOLO(YOLO):
         return benchmark([str(self.ckpt_path or self.model_name), *map(str, others)], **kwargs)
 
     def _new(self, cfg: str, task: str | None = None, verbose: bool = False) -> None:
-        self.model = build_model(cfg.removesuffix(".yaml") if not Path(cfg).is_file() else cfg, verbose=verbose)
+        self.model = build_model(cfg, verbose=verbose)
         self.cfg = self.model_name = cfg
         self.task = task or "detect"
         self.overrides.update({"model": cfg, "task": self.task})

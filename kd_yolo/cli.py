@@ -111,6 +111,7 @@ COMMANDS: dict[str, Command] = {
             "dynamic": "any batch and canvas [false]",
             "half": "float16 weights [false]",
             "nms": "NMS inside the file [false]",
+            "nms_free": "export the NMS-free head [false]",
             "opset": "ONNX operator set",
             "simplify": "simplify the graph [true]",
             "data": "data set for the parity check's images",
@@ -190,7 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kd-yolo: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print("kd-yolo: interrupted; training continues with: kd-yolo train resume=true", file=sys.stderr)
+        hint = "; go on with: kd-yolo train resume=true" if words[0] == "train" else ""
+        print(f"kd-yolo: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as with `| head`

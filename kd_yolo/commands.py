@@ -33,6 +33,7 @@ class ExportKeys(Strict):
     dynamic: bool = False
     half: bool = False
     nms: bool = False
+    nms_free: bool | None = None
     opset: int | None = Field(default=None, ge=7)
     simplify: bool = True
     data: str | None = None
@@ -54,6 +55,15 @@ class BenchmarkKeys(Strict):
     device: str | int = "cpu"
     out: str | None = None
     trust: bool = False
+
+
+class DemoKeys(Strict):
+    """Keys of ``demo``."""
+
+    project: str = "runs/demo"
+    epochs: int | None = Field(default=None, ge=1, le=1000)
+    model: str | None = None
+    imgsz: int | None = Field(default=None, ge=32)
 
 
 def train(values: Mapping[str, Any]) -> Outcome:
@@ -201,10 +211,10 @@ def doctor(values: Mapping[str, Any]) -> Outcome:
 
 def demo(values: Mapping[str, Any]) -> Outcome:
     """Run the whole line on the built-in data."""
+    keys = validate(DemoKeys, values, where="demo")
     from kd_yolo.demo import run_demo
 
-    refuse_unknown(values, ["project", "epochs", "model", "imgsz"], "demo")
-    return run_demo(**values)
+    return run_demo(**keys.model_dump(exclude_none=True))
 
 
 def _keys(schema: Any, values: Mapping[str, Any], command: str) -> Any:

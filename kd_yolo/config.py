@@ -58,7 +58,7 @@ class TrainConfig(Strict):
     export: Literal["onnx", "none"] = Field(default="onnx", description="format to export after training")
     benchmark: bool = Field(default=True, description="time the deployed student after training")
 
-    @field_validator("pretrained", "resume", mode="before")
+    @field_validator("data", "model", "teacher", "method", "teacher_model", "pretrained", "resume", mode="before")
     @classmethod
     def _path_to_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value

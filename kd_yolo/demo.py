@@ -10,7 +10,7 @@ from kd_yolo.config import split_train_keys
 from kd_yolo.data.contact_sheet import draw_contact_sheet
 from kd_yolo.data.datasets import resolve_dataset
 
-# What two CPU cores finish in a few minutes. A run of 300 steps needs a higher learning rate and no gradient accumulation.
+# What two CPU cores finish in a few minutes. So short a run needs a higher learning rate and no gradient accumulation.
 DEFAULTS = {"epochs": 20, "imgsz": 128, "batch": 16, "model": "lightnet-n"}
 SHORT_RUN = {"optimizer": "AdamW", "lr0": 0.003, "momentum": 0.9, "nbs": 16, "warmup_epochs": 1, "warmup_bias_lr": 0.0}
 

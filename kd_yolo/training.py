@@ -67,7 +67,10 @@ def train(config: TrainConfig, stock: Mapping[str, Any], groups: Mapping[str, Ma
     Raises:
         KDYoloError: Anything wrong with the input, before anything is trained.
     """
-    run_dir, plan = _resumed(config, stock) if config.resume is not False else _started(config, stock, groups)
+    if config.resume is not False:
+        run_dir, plan = _resumed(config, stock, groups)
+    else:
+        run_dir, plan = _started(config, stock, groups)
     phases = _run_phases(run_dir, plan)
     final = phases[-1]
     _publish(run_dir, final)
@@ -97,7 +100,14 @@ def _started(
     return run_dir, plan
 
 
-def _resumed(config: TrainConfig, stock: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+def _resumed(
+    config: TrainConfig, stock: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]
+) -> tuple[Path, dict[str, Any]]:
+    """Find the run and read its plan; what else was given would be ignored, so it is refused."""
+    given = [*(config.model_fields_set - {"resume", "data"}), *(set(stock) - {"project", "name"})]
+    given += [f"{group}.{key}" for group, keys in groups.items() for key in keys]
+    if given:
+        raise ConfigError(f"{sorted(given)[0]}: a resumed run keeps its own settings; drop it, or start a new run")
     run_dir = find_run(config.resume, stock)
     plan = load_yaml(run_dir / RUN_FILE)
     if plan.get("kd_yolo_run") != 1:

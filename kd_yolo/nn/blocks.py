@@ -296,6 +296,5 @@ def _set_bn(bn: nn.BatchNorm2d, mean: Tensor, variance: Tensor, gamma: Tensor | 
     scale = ((variance + bn.eps).sqrt() * gamma).to(bn.weight.dtype)
     fitted = (scale.double() / gamma) ** 2 - bn.eps
     fitted = torch.where(torch.isfinite(fitted) & (fitted >= 0), fitted, variance)  # gamma 0, or variance far below eps
-    count = torch.zeros((), dtype=torch.long)
-    state = {"running_mean": mean, "running_var": fitted, "weight": scale, "bias": beta, "num_batches_tracked": count}
-    bn.load_state_dict(state)
+    state = {"running_mean": mean, "running_var": fitted, "weight": scale, "bias": beta}
+    bn.load_state_dict({**state, "num_batches_tracked": torch.zeros((), dtype=torch.long)})

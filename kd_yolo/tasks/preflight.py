@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -155,5 +156,6 @@ def validate_model(model: Any, names: Mapping[int, str], data: Path, imgsz: int)
     """Return validation metrics of a model in memory on the square training canvas."""
     model.names = dict(names)
     arguments = {"data": str(data), "imgsz": imgsz, "rect": False, "plots": False, "task": "detect", "mode": "val"}
-    validator = DetectionValidator(args={**arguments, "save_dir": None})
-    return {k: float(v) for k, v in validator(model=model).items()}
+    with tempfile.TemporaryDirectory(prefix="kd-yolo-val-") as folder:
+        validator = DetectionValidator(save_dir=Path(folder), args=arguments)
+        return {k: float(v) for k, v in validator(model=model).items()}

@@ -1,14 +1,13 @@
-"""The command line as a user meets it: help, listings, JSON output, every shipped YAML, every documented command."""
+"""The command line as a user meets it: help, listings, JSON output, bad values."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,11 @@ from pydantic import BaseModel
 import kd_yolo
 from kd_yolo import commands, data_commands
 from kd_yolo.cli import COMMANDS, INTERRUPTED, main
-from kd_yolo.config import REPLACED_KEYS, TrainConfig, parse_pairs, split_train_keys, stock_keys
-from kd_yolo.errors import ConfigError
-from kd_yolo.resources import builtin_names, builtin_root, find
+from kd_yolo.config import REPLACED_KEYS, TrainConfig, stock_keys
+from kd_yolo.resources import builtin_names
 
-ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "ultralytics", "cv2", "numpy", "matplotlib", "onnx", "onnxruntime")
 HELP_CPU_S = 0.3
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-YAMLS = sorted(builtin_root().rglob("*.yaml"))
 
 SCHEMAS: dict[str, type[BaseModel]] = {
     "train": TrainConfig,
@@ -45,7 +40,8 @@ DATA_SCHEMAS: dict[str, type[BaseModel]] = {
 
 def run(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run Python in a process of its own, as a shell does."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Ultralytics puts its default folders elsewhere when it sees pytest's variable
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *words]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -113,11 +109,6 @@ def test_help__demo_keys_reach_the_demo(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(demo, "run_demo", lambda **keys: (given.update(keys) or "", {}))
     commands.demo({"project": "p", "epochs": 1, "model": "lightnet-n", "imgsz": 64})
     assert set(given) == set(COMMANDS["demo"].keys)
-
-
-@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.example])
-def test_help__examples_parse(name: str) -> None:
-    check_line(COMMANDS[name].example)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +243,7 @@ def test_json__deploy(tiny_teacher: Path, tmp_path: Path) -> None:
 
 
 def test_train__refused_teacher_leaves_nothing(tiny_teacher: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """In a process of its own: under pytest Ultralytics puts its default folders somewhere else."""
+    """Judging the teacher is no reason to leave a folder of results behind."""
     words = [
         f"data={tiny_data}",
         "model=lightnet-n",
@@ -264,163 +255,3 @@ def test_train__refused_teacher_leaves_nothing(tiny_teacher: Path, tiny_data: Pa
     assert done.returncode == 2
     assert "allow_weak_teacher=true" in done.stderr
     assert not any(tmp_path.iterdir()), sorted(str(path) for path in tmp_path.rglob("*"))
-
-
-# ---- shipped YAML ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", YAMLS, ids=[f"{path.parent.name}/{path.stem}" for path in YAMLS])
-def test_yaml__every_shipped_file_is_valid(path: Path) -> None:
-    assert find(path.parent.name, path.stem) == path
-    {"models": check_model, "methods": check_method, "datasets": check_dataset}[path.parent.name](path)
-
-
-def check_model(path: Path) -> None:
-    from ultralytics.nn.modules import Detect
-
-    from kd_yolo.nn.lightnet import build_model
-
-    model = build_model(path.stem, nc=3)
-    head = model.model[-1]
-    assert type(head) is Detect
-    assert head.nc == 3
-    assert [int(stride) for stride in model.stride] == [8, 16, 32]
-
-
-def check_method(path: Path) -> None:
-    from kd_yolo.config import MethodFile, validate
-    from kd_yolo.distill.base import load_method, parse_args
-    from kd_yolo.distill.schedule import Schedule
-    from kd_yolo.resources import load_yaml
-
-    content = load_yaml(path)
-    method = validate(MethodFile, content, where=str(path))
-    assert method.name == path.stem
-    schedule = validate(Schedule, method.schedule, where=str(path))
-    assert schedule.active_epochs(epochs=100, close_mosaic=10) >= 1
-    if method.name == "none":
-        assert content == {"name": "none"}
-        return
-    # A file that leaves a value out would change silently with the code's defaults; one that differs would lie.
-    assert set(method.args) == set(load_method(method.name).Args.model_fields)
-    assert parse_args(method.name, method.args) == parse_args(method.name, {})
-
-
-def check_dataset(path: Path) -> None:
-    from kd_yolo.data.datasets import load_builtin
-
-    spec = load_builtin(path)
-    assert (spec.raw is None) != (spec.make is None)
-    assert sorted(spec.names) == list(range(len(spec.names)))
-    assert spec.title
-    assert spec.origin
-
-
-# ---- documented commands ---------------------------------------------------------------------------------------------
-
-
-def command_lines(text: str) -> Iterator[str]:
-    """Yield the lines of fenced blocks that start with ``kd-yolo``, continued ones joined; not those with ``...``."""
-    fence = ""
-    joined = ""
-    for line in text.splitlines():
-        mark = re.match(r"\s*(`{3,}|~{3,})", line)
-        if mark and (not fence or line.strip() == fence):
-            fence = "" if fence else mark.group(1)
-            continue
-        if not fence:
-            continue
-        joined += line.strip().removeprefix("$ ")
-        if joined.endswith("\\"):
-            joined = joined[:-1]
-            continue
-        if joined.startswith("kd-yolo ") and "..." not in joined:
-            yield joined
-        joined = ""
-
-
-def check_line(line: str) -> None:
-    """Refuse a command line whose command, word or key does not exist.
-
-    Raises:
-        ConfigError: As the command line itself would say it.
-    """
-    program, name, *words = shlex.split(line, comments=True)
-    assert program == "kd-yolo"
-    if name in {"--help", "--version"}:
-        return
-    if name not in COMMANDS:
-        raise ConfigError(f"unknown command '{name}'")
-    if "--help" in words:
-        return
-    schema: type[BaseModel] | None = None
-    if name == "data":
-        word = words.pop(0)
-        if word not in DATA_SCHEMAS:
-            raise ConfigError(f"unknown word '{word}'")
-        schema = DATA_SCHEMAS[word]
-    values = parse_pairs(words)
-    values.pop("json", None)
-    if name == "train":
-        check_train(values)
-        return
-    known = keys_of(schema) if schema else {*COMMANDS[name].keys, *(stock_keys() if COMMANDS[name].stock else ())}
-    for key in values:
-        if key not in known or (key in REPLACED_KEYS and key not in COMMANDS[name].keys):
-            raise ConfigError(f"{name}: unknown key '{key}'")
-
-
-def check_train(values: Mapping[str, Any]) -> None:
-    from kd_yolo.distill.base import list_methods
-    from kd_yolo.tasks.preflight import resolve_method
-
-    if not values.get("data") and not values.get("resume"):
-        raise ConfigError("train needs data=")
-    config, stock, groups = split_train_keys({"data": "resumed", **values})
-    if config.method in {*list_methods(), "none"}:
-        resolve_method(config, groups, stock)
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_docs__every_command_line_parses(page: str) -> None:
-    for line in command_lines((ROOT / page).read_text(encoding="utf-8")):
-        try:
-            check_line(line)
-        except ConfigError as error:
-            pytest.fail(f"{page}: {line}: {error}")
-
-
-def test_docs__show_every_command() -> None:
-    """Guards the test above: it would pass on pages in which no command is found."""
-    assert list(command_lines((ROOT / "README.md").read_text(encoding="utf-8"))), "README.md shows no command"
-    shown = {line.split()[1] for page in PAGES for line in command_lines((ROOT / page).read_text(encoding="utf-8"))}
-    assert set(COMMANDS) <= shown
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "kd-yolo trian data=steel-synth",
-        "kd-yolo train data=steel-synth imgzs=64",
-        "kd-yolo train data=steel-synth kd.tua=2",
-        "kd-yolo train data=steel-synth schedule.warmpu=0.1",
-        "kd-yolo train model=lightnet-n",
-        "kd-yolo train data=steel-synth distill_model=t.pt",
-        "kd-yolo val model=best.pt data=neu task=segment",
-        "kd-yolo deploy model=best.pt imgsz=64",
-        "kd-yolo data chekc data=neu",
-        "kd-yolo data split data=neu out=x ratio=0.5",
-        "kd-yolo models sort=size",
-    ],
-)
-def test_check_line__twins_that_are_wrong(line: str) -> None:
-    with pytest.raises(ConfigError):
-        check_line(line)
-
-
-def test_command_lines__fences_continuations_and_omissions() -> None:
-    text = (
-        "kd-yolo outside a=1\n```bash\n$ kd-yolo val a=1 \\\n    b=2\nkd-yolo train ... c=3\npip install kd-yolo\n```\n"
-        "~~~\nkd-yolo doctor\n~~~\n"
-    )
-    assert list(command_lines(text)) == ["kd-yolo val a=1 b=2", "kd-yolo doctor"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kd_yolo.export.matching import Detected, GraphOutput, Match, compare_rows, match_detections, worse
+from kd_yolo.export.matching import Detected, GraphOutput, Match, MatchLimits, compare_rows, match_detections, worse
 from torch import Tensor
 
 from kd_yolo.inference import RawOutputs, detections
@@ -20,7 +20,7 @@ def rows(*values: tuple[float, float, float, float, float, float]) -> Tensor:
 
 
 def match(reference: Tensor, artifact: Tensor, cut: float, tie: float) -> Match:
-    return match_detections(Detected(reference), Detected(artifact), cut, tie)
+    return match_detections(Detected(reference), Detected(artifact), MatchLimits(cut, tie=tie))
 
 
 BIG = (0.0, 0.0, 100.0, 100.0, 0.9, 0.0)
@@ -65,15 +65,20 @@ def test_match__a_tie_must_stand_in_the_other_sides_raw_output() -> None:
     boxes = torch.tensor([BIG[:4], other[:4]])
     scores = torch.tensor([[0.9], [0.9]])
     both = Detected(rows(BIG), boxes, scores), Detected(rows(other), boxes, scores)
-    assert match_detections(*both, CUT, TIE).excused == 2
+    assert match_detections(*both, MatchLimits(CUT)).excused == 2
     moved = Detected(rows(BIG), boxes[:1], scores[:1]), Detected(rows(other), boxes[1:], scores[1:])
-    assert match_detections(*moved, CUT, TIE).alone == 2
+    assert match_detections(*moved, MatchLimits(CUT)).alone == 2
 
 
 def test_match__at_the_cut_is_excused() -> None:
     at_cut, above = (*SMALL[:4], CUT * (1 + TIE / 2), 1.0), (*SMALL[:4], CUT * (1 + 2 * TIE), 1.0)
     assert match(rows(at_cut), rows(), CUT, TIE).excused == 1
     assert match(rows(above), rows(), CUT, TIE).alone == 1
+
+
+def test_match__inverted_box_equals_itself() -> None:
+    inverted = rows((60.0, 10.0, 40.0, 30.0, 0.8, 1.0))
+    assert match(inverted, inverted.clone(), CUT, TIE).ious == [1.0]
 
 
 def test_match__nothing_on_either_side() -> None:
