@@ -53,7 +53,10 @@ def main() -> None:
     only = str(values.get("only", "")).split(",")
     jobs = [job for seed in seeds for job in plan(values, seed) if only == [""] or job.name.split("-")[0] in only]
     with ThreadPoolExecutor(int(values["jobs"])) as pool:
-        list(pool.map(lambda job: run(job, values, out), jobs))
+        futures = {job.name: pool.submit(run, job, values, out) for job in jobs}
+    for name, future in futures.items():  # one failed run must not cost the others
+        if future.exception() is not None:
+            print(f"{name}: failed ({future.exception()}); see {out / name}.log and call again", file=sys.stderr)
     write_table(values, seeds, out)
 
 

@@ -29,9 +29,10 @@ from kd_yolo.provenance import find_recipe, foreign_to_stock, head_name, version
 from kd_yolo.tables import markdown_table, text_pairs
 
 # Bounds on a deployed file against the training form, both run in float64, so that what is measured is what the file
-# stores. Storing merged kernels in float32 costs about 1e-6 of the canvas; running any model in float32 costs up to
-# 4e-6 by itself; the smallest mistake in a merge costs more than 1e-3.
-BOX_TOLERANCE = 1e-5  # of the longer side of the canvas
+# stores. Storing merged kernels in float32 costs about 1e-6 of the canvas for a pretrained network and was measured at
+# 1.7e-5 on a LightNet after eight epochs on NEU-DET, whose first BatchNorm multiplies by 18; the smallest mistake in a
+# merge costs more than 1e-3.
+BOX_TOLERANCE = 1e-4  # of the longer side of the canvas
 SCORE_TOLERANCE = 1e-5
 CHECK_IMAGES = 4
 LARGEST_CHECK_CANVAS = 320

@@ -40,8 +40,8 @@ def tiny_detector(form: str | None = "repvgg", both_heads: bool = True, seed: in
     model = build_model(tiny_yaml(form, both_heads))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.2)
-            module.running_var.uniform_(0.3, 1.5)
+            nn.init.normal_(module.get_buffer("running_mean"), 0, 0.2)
+            nn.init.uniform_(module.get_buffer("running_var"), 0.3, 1.5)
             module.weight.uniform_(0.8, 1.6)
             module.bias.normal_(0, 0.2)
     head: Any = model.model[-1]

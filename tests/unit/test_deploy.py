@@ -20,7 +20,7 @@ from kd_yolo.deploy import DeployReport, deploy
 from kd_yolo.errors import CheckpointError, ConfigError, OutputError, ReparamError
 from kd_yolo.files import sha256
 from kd_yolo.images import textured_images, to_canvas
-from kd_yolo.inference import count_parameters, detections, raw_outputs, use_head
+from kd_yolo.inference import count_parameters, deployed_form, detections, raw_outputs, use_head
 
 # Run where kd_yolo cannot be imported, as on a machine with nothing but ultralytics.
 WITHOUT_KD_YOLO = """
@@ -43,9 +43,8 @@ import numpy as np
 from ultralytics import YOLO
 
 weights, images, out, nms = sys.argv[1:]
-found = YOLO(weights).predict(
-    list(np.load(images)), imgsz=64, conf=0.05, rect=False, device="cpu", verbose=False, nms=None if nms == "nms" else False
-)
+keys = {"imgsz": 64, "conf": 0.05, "rect": False, "device": "cpu", "verbose": False}
+found = YOLO(weights).predict(list(np.load(images)), nms=None if nms == "nms" else False, **keys)
 np.savez(out, **{str(i): result.boxes.data.numpy() for i, result in enumerate(found)})
 """
 
@@ -221,7 +220,7 @@ def test_deploy__recipe_of_the_run(tmp_path: Path, where: str) -> None:
 def test_deploy__a_wrong_weight_is_refused(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = deploy_module.deployed_form
+    right = deployed_form
 
     def corrupt(*args: Any) -> Any:
         model, report = right(*args)
@@ -237,7 +236,7 @@ def test_deploy__a_wrong_weight_is_refused(
 def test_deploy__blocks_left_in_the_file_are_refused(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = deploy_module.deployed_form
+    right = deployed_form
     monkeypatch.setattr(deploy_module, "deployed_form", lambda model, *rest: (model, right(model, *rest)[1]))
     with pytest.raises(ReparamError, match=r"still refers to kd_yolo\.nn\.blocks\.RepBlock"):
         deploy(tiny_checkpoint, out=tmp_path / "wrong.pt")

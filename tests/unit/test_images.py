@@ -53,7 +53,9 @@ def test_image_set__real_ones_first(tmp_path: Path) -> None:
     data = tiny_dataset(tmp_path / "set")
     found = image_set(data, 6)
     assert (found.real, len(found.images)) == (4, 6)
-    assert np.array_equal(found.images[0], cv2.imread(str(tmp_path / "set" / "images" / "0.png")))
+    first = cv2.imread(str(tmp_path / "set" / "images" / "0.png"))
+    assert first is not None
+    assert np.array_equal(found.images[0], first)
     assert found.describe() == f"4 of {data} and 2 synthetic"
     assert image_set(None, 2).describe() == "2 synthetic"
 

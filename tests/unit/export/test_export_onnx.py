@@ -151,7 +151,7 @@ def test_export__one_corrupted_weight_is_refused(
     right = onnx_file._run_exporter
 
     def corrupt(*args: Any) -> Path:
-        path = right(*args)
+        path: Path = right(*args)
         change_one_weight(path)
         return path
 
