@@ -34,7 +34,7 @@ from kd_yolo.distill.taps import common_strides, describe
 from kd_yolo.distill.teacher import map_classes, prepare_teacher
 from kd_yolo.files import write_json, write_text
 
-DEFAULTS = {"student": "yolo26n.yaml", "teacher": "yolo26s.yaml", "imgsz": 224, "batch": 16, "rounds": 15}
+DEFAULTS = {"student": "yolo26n.yaml", "teacher": "yolo26s.yaml", "imgsz": 224, "batch": 16, "rounds": 25}
 VARIANTS = ("stock", "score-l2", "kd-lightnet")
 BARS = {"score-l2": 0.90, "kd-lightnet": 1.0}
 Step = Callable[[], None]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import logging
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from kd_yolo.export.parity import MIN_IMAGES, check_parity
 from kd_yolo.export.report import ExportReport
 from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import LOGGER
 
 from kd_yolo.checkpoints import load_model, serialize
 from kd_yolo.errors import ConfigError, ExportError
@@ -199,24 +203,39 @@ def _target(path: Path, out: str | Path | None) -> Path:
 def _run_exporter(deployed: DetectionModel, checkpoint: dict[str, Any], job: _Job, path: Path) -> Path:
     """Export through the stock classes, from the stock checkpoint that ``deploy`` would write."""
     path.write_bytes(serialize(deployed, checkpoint, {}))
+    arguments = {
+        "format": "onnx",
+        "imgsz": list(job.canvas),
+        "batch": job.batch,
+        "dynamic": job.dynamic,
+        "opset": job.opset,
+        "simplify": job.simplify,
+        "nms": True if job.nms_inside else None,
+        "quantize": 16 if job.half else None,
+        "device": "cpu",
+    }
     try:
-        made = YOLO(path, task="detect").export(
-            format="onnx",
-            imgsz=list(job.canvas),
-            batch=job.batch,
-            dynamic=job.dynamic,
-            opset=job.opset,
-            simplify=job.simplify,
-            nms=True if job.nms_inside else None,
-            quantize=16 if job.half else None,
-            device="cpu",
-        )
+        with _quiet():
+            made = YOLO(path, task="detect").export(**arguments)
     except OSError as error:
         raise ExportError(f"export failed: {error.strerror or error}; is the temporary folder full?") from error
     except Exception as error:  # whatever torch's exporter, onnxslim or Ultralytics' own assertions raise
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(f"export failed: {line[:300]}") from error
     return Path(made)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what the exporter says: its advice names temporary files, and its errors are raised as well."""
+    level = LOGGER.level
+    LOGGER.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the tracer, about shapes that a detection head fixes on purpose
+            yield
+    finally:
+        LOGGER.setLevel(level)
 
 
 def _output_of(job: _Job, needs_nms: bool) -> GraphOutput:

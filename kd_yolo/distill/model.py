@@ -106,9 +106,11 @@ class KDModel(DistillationModel):
 
         images = batch["img"]
         self._watch_assigner()
+        with torch.no_grad():  # before the student, so that the teacher's activations are gone when the student's peak
+            teacher = teacher_taps(self._teacher[0], images, self.reads, self.strides)
         preds = self.student_model(images)
         regular, items = self.student_model.loss(batch, preds)
-        terms = self.distill_terms(preds, batch)
+        terms = self.distill_terms(preds, batch, teacher)
         if self.balance_due:
             self._balance(terms, regular.sum() / images.shape[0], preds)
         terms = {name: value * self.balance_factors.get(name, 1.0) for name, value in terms.items()}
@@ -118,11 +120,10 @@ class KDModel(DistillationModel):
         items = {**items, **dict(zip(self.term_names, scaled.detach(), strict=True))}
         return torch.cat([regular, scaled.to(regular.dtype) * images.shape[0]]), items
 
-    def distill_terms(self, preds: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def distill_terms(self, preds: Mapping[str, Any], batch: Mapping[str, Any], teacher: Taps) -> dict[str, Tensor]:
         """Return the method's named losses for training outputs of the student, in float32."""
         images = batch["img"]
-        with torch.no_grad():
-            teacher = self._float(teacher_taps(self._teacher[0], images, self.reads, self.strides), self.class_known)
+        teacher = self._float(teacher, self.class_known)
         student = self._float(student_taps(preds, detect_head(self.student_model), self.strides), None)
         for mine, theirs in zip(student.neck, teacher.neck, strict=True):
             if mine.shape[-2:] != theirs.shape[-2:]:

@@ -81,7 +81,9 @@ def teacher_taps(teacher: DetectionModel, images: Tensor, reads: frozenset[str],
         reads: What to compute, of ``neck``, ``scores``, ``boxes``, ``scores_one2one``.
         strides: The matched strides.
     """
-    feats = neck_maps(teacher, images)
+    if images.device.type in {"cpu", "cuda"}:  # Ultralytics found this layout numerically wrong on MPS
+        images = images.contiguous(memory_format=torch.channels_last)
+    feats = [x.contiguous() for x in neck_maps(teacher, images)]
     head = detect_head(teacher)
 
     def branch(layers: nn.ModuleList) -> Tensor:

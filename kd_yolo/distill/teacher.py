@@ -104,7 +104,8 @@ def prepare_teacher(model: DetectionModel, class_map: ClassMap) -> DetectionMode
             del module.bn
             module.forward = module.forward_fuse
     teacher.criterion = None
-    return teacher.requires_grad_(False)
+    # Lossless, and a quarter faster than NCHW on the CPU it was measured on (benchmarks/step_time.py).
+    return teacher.to(memory_format=torch.channels_last).requires_grad_(False)
 
 
 def _has_rep_blocks(model: DetectionModel) -> bool:

@@ -170,8 +170,8 @@ def test_trainer__non_finite_distillation_stops_with_the_terms_name(
     original = KDModel.distill_terms
     calls = {"n": 0}
 
-    def poisoned(self: KDModel, preds: Any, batch: Any) -> dict[str, torch.Tensor]:
-        terms = original(self, preds, batch)
+    def poisoned(self: KDModel, preds: Any, batch: Any, teacher: Any) -> dict[str, torch.Tensor]:
+        terms = original(self, preds, batch, teacher)
         calls["n"] += 1
         return {k: v * float("nan") if calls["n"] == 2 and k == "kd_box" else v for k, v in terms.items()}
 
@@ -219,7 +219,7 @@ def batch_of(images: int = 2, imgsz: int = 64) -> dict[str, torch.Tensor]:
 
 
 def test_first_step__teacher_without_signal_is_refused(wrapped: KDModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def silent(self: KDModel, preds: Any, batch: Any) -> dict[str, torch.Tensor]:
+    def silent(self: KDModel, preds: Any, batch: Any, teacher: Any) -> dict[str, torch.Tensor]:
         return {"kd_cls": preds["one2many"]["scores"].sum() * 0, "kd_box": preds["one2many"]["boxes"].sum() * 0}
 
     monkeypatch.setattr(KDModel, "distill_terms", silent)
@@ -228,7 +228,7 @@ def test_first_step__teacher_without_signal_is_refused(wrapped: KDModel, monkeyp
 
 
 def test_first_step__loss_without_gradient_is_refused(wrapped: KDModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def detached(self: KDModel, preds: Any, batch: Any) -> dict[str, torch.Tensor]:
+    def detached(self: KDModel, preds: Any, batch: Any, teacher: Any) -> dict[str, torch.Tensor]:
         nothing = preds["one2many"]["scores"].sum() * 0
         return {"kd_cls": 1.0 + nothing, "kd_box": 1.0 + nothing}
 

@@ -249,6 +249,13 @@ def test_open_session__not_a_graph(tmp_path: Path) -> None:
         open_session(path)
 
 
+def test_export__says_nothing_on_stdout(
+    tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    export(tiny_checkpoint, out=tmp_path / "small.onnx", nms_free=True)
+    assert capfd.readouterr().out == ""
+
+
 def test_formats__listed() -> None:
     assert FORMATS == ("onnx",)
 
