@@ -94,8 +94,9 @@ def run(job: Job, values: dict[str, Any], out: Path) -> None:
     folder, started = out / job.name, time.time()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "YOLO_OFFLINE": "1"}
     if not (folder / "report.json").is_file():
-        resume = {"resume": str(folder)} if (folder / "run.yaml").is_file() else {}
-        words = [f"{k}={v}" for k, v in {**job.arguments, "project": out, "name": job.name, **resume}.items()]
+        fresh = {**job.arguments, "project": out, "name": job.name}
+        given = {"resume": folder} if (folder / "run.yaml").is_file() else fresh
+        words = [f"{k}={v}" for k, v in given.items()]
         with (out / f"{job.name}.log").open("a") if out.is_dir() else _open(out, job) as log:
             command = [sys.executable, "-m", "kd_yolo", "train", *words]
             subprocess.run(command, check=True, env=environment, stdout=log, stderr=log)
