@@ -1,6 +1,6 @@
-"""Latency of the untrained LightNet family beside stock nano detectors, deployed and exported to ONNX, on this CPU: run with imgsz=224 threads=1.
+"""Latency of the untrained LightNet family beside stock nano detectors, deployed and exported to ONNX, on this CPU.
 
-python benchmarks/model_latency.py imgsz=224 threads=1
+Run it with ``python benchmarks/model_latency.py imgsz=224 threads=1``.
 """
 
 from __future__ import annotations
