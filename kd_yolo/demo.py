@@ -11,7 +11,7 @@ from kd_yolo.data.contact_sheet import draw_contact_sheet
 from kd_yolo.data.datasets import resolve_dataset
 
 # What two CPU cores finish in a few minutes. So short a run needs a higher learning rate and no gradient accumulation.
-DEFAULTS = {"epochs": 20, "imgsz": 128, "batch": 16, "model": "lightnet-n"}
+DEFAULTS = {"epochs": 36, "imgsz": 128, "batch": 16, "model": "lightnet-n"}
 SHORT_RUN = {"optimizer": "AdamW", "lr0": 0.003, "momentum": 0.9, "nbs": 16, "warmup_epochs": 1, "warmup_bias_lr": 0.0}
 
 
@@ -52,7 +52,10 @@ def _draw_detections(model: Any, data: Path, imgsz: int, folder: Path, columns: 
     from kd_yolo.data.datayaml import load_data_yaml
 
     images = load_data_yaml(data).images("val")[: columns * rows]
-    cells = [result.plot(line_width=1, font_size=7) for result in model.predict([str(i) for i in images], imgsz=imgsz)]
+    cells = [
+        result.plot(line_width=1, font_size=7)
+        for result in model.predict([str(i) for i in images], imgsz=imgsz, verbose=False)
+    ]
     grid = [np.hstack(cells[i : i + columns]) for i in range(0, len(cells) - columns + 1, columns)]
     target = folder / "detections.png"
     cv2.imwrite(str(target), np.vstack(grid))
