@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,8 @@ def write_table(values: dict[str, Any], seeds: list[int], out: Path) -> None:
             cells = [f"{_mean(v):.2f} ± {_sd(v):.2f}" for v in rows[name].values()]
             lines.append(f"| {name} | {cells[0]} | {cells[1]} | {len(rows[name]['mAP50'])} |")
     setting = {k: values[k] for k in ("imgsz", "epochs", "batch", "data")}
+    setting |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a run", "split": "test"}
+    setting |= {name: version(name) for name in ("ultralytics", "torch")}
     target = Path(__file__).with_suffix(".json")
     write_json(
         target, {"command": " ".join(["python", *_public(sys.argv)]), "setting": setting, "seeds": seeds, "rows": rows}
