@@ -208,7 +208,7 @@ def _finish(report: TrainReport, plan: Mapping[str, Any]) -> TrainReport:
     from kd_yolo.deploy import deploy
 
     config = TrainConfig.model_validate(plan["config"])
-    deployed = deploy(report.best)
+    deployed = deploy(report.best, trust=config.trust)
     report.artifacts["deployed"] = str(deployed.path)
     imgsz = int(plan["stock"]["imgsz"])
     try:

@@ -73,7 +73,7 @@ def run_phase(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) -> PhaseR
     started = time.time()
     last = folder / "weights" / "last.pt"
     arguments = _trainer_arguments(run_dir, spec, plan)
-    stage = _stage(last)
+    stage = _stage(last, trust=bool(plan["config"]["trust"]))
     if stage == "trained":
         LOGGER.info(f"{spec.name}: trained, finishing its evaluation")
         metrics = _evaluate_finished(folder, arguments)
@@ -130,11 +130,11 @@ def _trainer_arguments(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) 
     return arguments
 
 
-def _stage(last: Path) -> str:
+def _stage(last: Path, trust: bool) -> str:
     """Tell from the last checkpoint whether a phase has to start, resume or only be finished."""
     if not last.is_file():
         return "fresh"
-    _, checkpoint = load_model(last)
+    _, checkpoint = load_model(last, trust=trust)
     epoch = int(checkpoint.get("epoch", -1))
     if epoch < 0:
         return "trained"
