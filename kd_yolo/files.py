@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,42 @@ def written_aside(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside ``path``; rename it to ``path`` on success, remove it on failure.
+
+    A folder that was there before is replaced only then, and comes back if the rename fails.
+
+    Raises:
+        OutputError: The folder cannot be created or written to, or a file has that name.
+    """
+    path = path.absolute()
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path}: is a file, but a folder is to be written there; choose another name")
+    aside, before = (path.with_name(f".{path.name}.{os.getpid()}.{word}") for word in ("part", "before"))
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        if path.exists():
+            os.replace(path, before)
+        try:
+            os.replace(aside, path)
+        except OSError:
+            if before.exists():
+                os.replace(before, path)
+            raise
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        for folder in (aside, before):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with written_aside(path) as aside:
@@ -48,12 +85,22 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as hexadecimal text."""
+    """Return the SHA-256 of a file's bytes as hexadecimal text; of a folder, that of its files' names and hashes."""
     digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
+        return digest.hexdigest()
     with path.open("rb") as stream:
         for block in iter(lambda: stream.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
+
+
+def size_mb(path: Path) -> float:
+    """Return the size of a file, or of all files in a folder, in 10^6 bytes."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files) / 1e6
 
 
 def check_writable(folder: Path) -> None:

@@ -53,17 +53,35 @@ def evaluate(path: Path, runner: Runner, data: str, split: str, device: str) -> 
         raise ConfigError(
             f"{path}: mAP needs a square canvas, not {height}x{width}; leave data= out or use a square one"
         )
+    if not isinstance(runner, TorchRunner):
+        return judge(path, data, split, height, device)
     with tempfile.TemporaryDirectory(prefix="kd-yolo-val-") as folder:
-        judged = path
-        if isinstance(runner, TorchRunner):
-            judged = Path(folder) / f"{path.stem}.pt"
-            judged.write_bytes(serialize(runner.deployed, {}, {}))
-        model = YOLO(judged, task="detect")
-        _check_names(path, model, data)
+        judged = Path(folder) / f"{path.stem}.pt"
+        judged.write_bytes(serialize(runner.deployed, {}, {}))
+        return judge(judged, data, split, height, device, name=str(path))
+
+
+def judge(path: Path, data: str, split: str, side: int, device: str = "cpu", name: str | None = None) -> Accuracy:
+    """Validate a checkpoint or exported file with Ultralytics' validator on the square canvas.
+
+    Args:
+        path: The file.
+        data: Resolved data YAML.
+        split: Split to judge on.
+        side: Side of the canvas in pixels.
+        device: As for ``open_runner``.
+        name: What messages call the file.
+
+    Raises:
+        DataError: The file's classes are not the data set's.
+    """
+    with tempfile.TemporaryDirectory(prefix="kd-yolo-val-") as folder:
+        model = YOLO(path, task="detect")
+        _check_names(Path(name or path), model, data)
         metrics: Any = model.val(
             data=data,
             split=split,
-            imgsz=height,
+            imgsz=side,
             batch=BATCH,
             rect=False,
             workers=0,
