@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -28,15 +28,21 @@ class ExportKeys(Strict):
 
     model: str = Field(description="checkpoint; give model=FILE")
     format: str = "onnx"
-    imgsz: int | None = None
+    imgsz: int | list[int] | None = None
     batch: int = Field(default=1, ge=1)
     dynamic: bool = False
+    quantize: Literal[8, 16, 32] | None = None
     half: bool = False
+    int8: bool = False
+    target: str | None = None
     nms: bool = False
     nms_free: bool | None = None
     opset: int | None = Field(default=None, ge=7)
     simplify: bool = True
     data: str | None = None
+    split: str = "val"
+    max_drop: float = Field(default=0.5, ge=0, le=100)
+    calibration_images: int | None = Field(default=None, ge=8)
     out: str | None = None
     trust: bool = False
 
@@ -45,7 +51,7 @@ class BenchmarkKeys(Strict):
     """Keys of ``benchmark``."""
 
     model: str | list[str] = Field(description="files separated by commas; give model=A,B")
-    imgsz: int = 224
+    imgsz: int | list[int] | None = None
     batch: int = Field(default=1, ge=1)
     data: str | None = None
     split: str = "val"
@@ -53,6 +59,8 @@ class BenchmarkKeys(Strict):
     iterations: int | None = Field(default=None, ge=1)
     threads: int | None = Field(default=None, ge=1)
     device: str | int = "cpu"
+    targets: str | list[str] | None = None
+    against: str | None = None
     out: str | None = None
     trust: bool = False
 
@@ -137,11 +145,12 @@ def benchmark(values: Mapping[str, Any]) -> Outcome:
     from kd_yolo.bench import benchmark as run
     from kd_yolo.data.datasets import resolve_dataset
 
-    models = keys.model if isinstance(keys.model, list) else [part.strip() for part in keys.model.split(",")]
-    given = keys.model_dump(exclude={"model", "data", "out", "device"}, exclude_none=True)
+    given = keys.model_dump(exclude={"model", "data", "out", "device", "targets"}, exclude_none=True)
+    models = _words(keys.model)
+    given |= {"targets": _words(keys.targets)} if keys.targets else {}
     data = str(resolve_dataset(keys.data)) if keys.data else None
     out = Path(keys.out) if keys.out else None
-    report = run([str(m) for m in models], data=data, out=out, device=str(keys.device), **given)
+    report = run(models, data=data, out=out, device=str(keys.device), **given)
     return report.to_markdown(), report.to_dict()
 
 
@@ -218,9 +227,16 @@ def demo(values: Mapping[str, Any]) -> Outcome:
 
 
 def _keys(schema: Any, values: Mapping[str, Any], command: str) -> Any:
+    """Validate a command's keys; a name that reads like a number stays a name."""
     as_given = (bool, int, list, type(None))
-    plain = {key: value if isinstance(value, as_given) else str(value) for key, value in values.items()}
+    numbers = {key for key, field in schema.model_fields.items() if field.annotation is float}
+    plain = {k: v if k in numbers or isinstance(v, as_given) else str(v) for k, v in values.items()}
     return validate(schema, plain, where=command)
+
+
+def _words(value: str | list[str] | None) -> list[str]:
+    """Return the words of ``a,b`` or ``[a, b]``."""
+    return [str(v) for v in value] if isinstance(value, list) else [v.strip() for v in (value or "").split(",") if v]
 
 
 def _model_and_rest(values: Mapping[str, Any], command: str, needs: str) -> tuple[Any, dict[str, Any]]:

@@ -20,8 +20,9 @@ REQUIRED = ("ultralytics", "torch", "numpy", "opencv-python", "pydantic", "pyyam
 # extra -> (packages, what they are for)
 EXTRAS = {
     "onnx": (("onnx", "onnxruntime", "onnxslim"), "ONNX export and timing"),
-    "openvino": (("openvino", "nncf"), "OpenVINO export"),
-    "tensorrt": (("tensorrt",), "TensorRT engines; wheels come from NVIDIA's own index"),
+    "openvino": (("openvino", "nncf"), "OpenVINO export, INT8"),
+    "ncnn": (("ncnn", "pnnx"), "ncnn export"),
+    "tensorrt": (("tensorrt",), "TensorRT engines of this machine's GPU; wheels come from NVIDIA's own index"),
     "rtx": (("tensorrt-rtx-cu13",), "engines for RTX cards, built without a GPU"),
     "anomaly": (("efficientnet-lite-pytorch", "scipy"), "anomaly detection"),
     "ray": (("ray",), "comparisons on many machines"),

@@ -215,7 +215,8 @@ def _finish(report: TrainReport, plan: Mapping[str, Any]) -> TrainReport:
         if config.export == "onnx":
             from kd_yolo.export import export
 
-            report.artifacts["onnx"] = str(export(report.best, format="onnx", imgsz=imgsz, data=config.data).path)
+            made = export(report.best, format="onnx", imgsz=imgsz, data=config.data, trust=config.trust)
+            report.artifacts["onnx"] = str(made.path)
         if config.benchmark:
             from kd_yolo.bench import benchmark
 
