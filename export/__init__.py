@@ -2,38 +2,74 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from kd_yolo.export.formats import FORMATS
 
 from kd_yolo.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from kd_yolo.export.report import ExportReport
 
-FORMATS = ("onnx",)
 __all__ = ["FORMATS", "ExportReport", "export"]
 
 
-def export(model: str | Path, format: str = "onnx", **arguments: Any) -> ExportReport:
-    """Deploy a checkpoint, export it, and prove the file equal to the model.
+def export(
+    model: str | Path,
+    format: str = "onnx",
+    out: str | Path | None = None,
+    imgsz: int | Sequence[int] | None = None,
+    batch: int = 1,
+    dynamic: bool = False,
+    quantize: int | None = None,
+    half: bool | None = None,
+    int8: bool | None = None,
+    **arguments: Any,
+) -> ExportReport:
+    """Deploy a checkpoint, export it, and prove the artifact equal to the unfused float32 model.
 
     Args:
         model: A trained or deployed checkpoint.
-        format: Target format; ``onnx``.
-        **arguments: See ``kd_yolo.export.onnx_file.export_onnx``.
+        format: ``onnx``, ``openvino``, ``engine``, ``torchscript``, ``ncnn``, ``bundle``, or another one that
+            Ultralytics knows, which is passed through unproven.
+        out: Where to write; default beside the checkpoint. ``<name>.parity.json`` beside it gets the report.
+        imgsz: Canvas: a side, or height and width; default the checkpoint's own.
+        batch: Images per call; when dynamic the largest.
+        dynamic: Leave batch and canvas free.
+        quantize: 16 for float16, 8 for int8; default float32.
+        half: Old name of ``quantize=16``.
+        int8: Old name of ``quantize=8``.
+        **arguments: ``target``: GPU that an engine is built for without that GPU. ``nms``: put NMS into the graph.
+            ``nms_free``: export the one-to-one head, which needs no NMS; default the head a deployed checkpoint kept.
+            ``opset``, ``simplify``: of ONNX graphs. ``data``: data set whose validation images the gate looks at, whose
+            training images calibrate int8 and whose ``split`` (default ``val``) judges it; ``max_drop``: points of
+            mAP50-95 that int8 may cost (0.5); ``calibration_images``: how many. ``trust``: load foreign classes from
+            the checkpoint, which runs code in it.
 
     Raises:
-        ConfigError: The format is not available here; the message lists what is.
-        KDYoloError: As the format's own function says.
+        ConfigError: An argument is not acceptable, or means nothing to the format.
+        BackendMissingError: A package is missing.
+        ExportError: The export failed or did not pass the gate; nothing is left under the final name.
+        KDYoloError: As ``kd_yolo.export.pipeline.run_export`` says.
     """
-    if format.lower() != "onnx":
-        raise ConfigError(
-            f"format={format}: not available yet{nearest(format.lower(), FORMATS)} (available: {', '.join(FORMATS)}; "
-            "yolo export takes a deployed checkpoint to every other format, unchecked)"
-        )
-    from kd_yolo.export.onnx_file import export_onnx
+    from kd_yolo.export.job import make_job
 
-    return export_onnx(model, **arguments)
+    for old, given, value in (("half", half, 16), ("int8", int8, 8)):
+        if given:
+            if quantize not in {None, value}:
+                raise ConfigError(f"{old}=true is quantize={value}, but quantize={quantize} was given; choose one")
+            quantize = value
+    known = inspect.signature(make_job).parameters
+    for key in arguments:
+        if key not in known:
+            raise ConfigError(f"export: unknown key '{key}'{nearest(key, known)}")
+    job = make_job(model, format, out, imgsz, batch, dynamic, quantize, **arguments)
+    from kd_yolo.export.pipeline import run_export
+
+    return run_export(job)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,63 +1,40 @@
-"""Run, check and describe ONNX files."""
+"""Check, finish and describe ONNX graphs."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import ast
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from kd_yolo.export.parity import Session
-from torch import Tensor
+from kd_yolo.export.job import QUANTIZE
 
-import kd_yolo
-from kd_yolo.errors import BackendMissingError, ExportError
-
-NEEDED = ("onnx", "onnxruntime", "onnxslim")
-METADATA_KEY = "kd_yolo"
+from kd_yolo.errors import ExportError
+from kd_yolo.runtimes.base import METADATA_KEY
 
 
-def require_packages() -> None:
-    """Check before Ultralytics does, which would install what it misses."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise BackendMissingError(f"ONNX export needs {', '.join(missing)}; run: pip install 'kd-yolo[onnx]'")
+def finish_graph(path: Path, own: dict[str, Any], precision: str) -> dict[str, Any]:
+    """Check a graph, add our metadata to Ultralytics', and return facts about it.
 
+    Args:
+        path: The file; rewritten.
+        own: Our metadata entry.
+        precision: ``fp32``, ``fp16`` or ``int8``.
 
-def open_session(path: Path, threads: int | None = None) -> Session:
-    """Open an ONNX file with ONNX Runtime on the CPU.
-
-    Returns:
-        A function from (B, C, H, W) float32 pixels to the graph's one output.
+    Raises:
+        ExportError: It is not a valid graph.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch runs between two calls
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's classes share no public base
-        raise ExportError(f"{path.name}: ONNX Runtime cannot open it ({str(error).splitlines()[0][:200]})") from error
-    name = session.get_inputs()[0].name
-
-    def run(pixels: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: pixels.contiguous().numpy()})[0])
-
-    return run
-
-
-def finish_graph(path: Path, provenance: dict[str, Any]) -> dict[str, int]:
-    """Check a graph, add our metadata to Ultralytics', and return facts about it."""
     import onnx
 
     graph = onnx.load(path)
     sort_nodes(graph.graph)
-    entry = graph.metadata_props.add()
-    entry.key, entry.value = METADATA_KEY, json.dumps({"version": kd_yolo.__version__, **provenance}, default=str)
+    metadata = {entry.key: entry.value for entry in graph.metadata_props}
+    arguments = ast.literal_eval(metadata.get("args", "{}")) | {"quantize": QUANTIZE[precision]}
+    metadata |= {"args": str(arguments), METADATA_KEY: json.dumps(own)}
+    del graph.metadata_props[:]
+    for key, value in metadata.items():
+        entry = graph.metadata_props.add()
+        entry.key, entry.value = key, value
     try:
         onnx.checker.check_model(graph, full_check=True)
     except Exception as error:  # checker and shape inference raise classes of their own
@@ -66,6 +43,22 @@ def finish_graph(path: Path, provenance: dict[str, Any]) -> dict[str, int]:
     opset = next(item.version for item in graph.opset_import if item.domain in {"", "ai.onnx"})
     kinds = [node.op_type for node in graph.graph.node]
     return {"opset": int(opset), "nodes": len(kinds), "convolutions": kinds.count("Conv")}
+
+
+def graph_metadata(path: Path) -> dict[str, Any]:
+    """Return the metadata of an ONNX file as plain data: Ultralytics' values read as Python literals, ours as JSON."""
+    import onnx
+
+    found: dict[str, Any] = {}
+    for entry in onnx.load(path, load_external_data=False).metadata_props:
+        if entry.key == METADATA_KEY:
+            found[entry.key] = json.loads(entry.value)
+            continue
+        try:
+            found[entry.key] = ast.literal_eval(entry.value)
+        except (ValueError, SyntaxError):
+            found[entry.key] = entry.value
+    return found
 
 
 def sort_nodes(graph: Any) -> None:
@@ -99,8 +92,3 @@ def _reads(node: Any) -> list[str]:
             for inner in graph.node:
                 names += _reads(inner)
     return names
-
-
-def backend_versions() -> dict[str, str]:
-    """Return the versions of the packages that make, simplify and run ONNX files."""
-    return {name: str(importlib.import_module(name).__version__) for name in NEEDED}

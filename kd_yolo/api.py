@@ -14,8 +14,12 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from kd_yolo.checkpoints import load_model
 from kd_yolo.config import split_train_keys
 from kd_yolo.data.datasets import resolve_dataset
-from kd_yolo.errors import CheckpointError, ModelError
+from kd_yolo.errors import CheckpointError, ConfigError, ModelError
 from kd_yolo.nn.lightnet import build_model
+from kd_yolo.resources import builtin_names
+from kd_yolo.runtimes import check_same_classes
+from kd_yolo.runtimes.opening import FOLDER_NAMES, SUFFIXES, is_foreign
+from kd_yolo.runtimes.ultralytics_backend import ExportedDetector
 from kd_yolo.tasks.detect import KDTrainer
 
 if TYPE_CHECKING:
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
     from kd_yolo.export import ExportReport
     from kd_yolo.training import TrainReport
 
-MODEL_FILES = {".pt", ".onnx", ".engine", ".xml", ".torchscript", ".yaml", ".yml"}
+CHECKPOINT_KEYS = ("augment", "compile", "dnn", "embed", "visualize")  # what only a checkpoint can do
 
 
 class KDPredictor(DetectionPredictor):
@@ -37,6 +41,16 @@ class KDPredictor(DetectionPredictor):
     def predict_cli(self, source: Any = None, model: Any = None) -> Iterator[Any]:
         """Return the results as a generator instead of dropping them."""
         return self(source, model, stream=True)
+
+
+class KDValidator(DetectionValidator):
+    """The stock validator, but one that judges an exported file on its own canvas, square or not."""
+
+    def get_model(self, model: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Take over the canvas of an exported file; Ultralytics' key has one side only."""
+        if isinstance(model, ExportedDetector) and model.session is not None:
+            self.args.imgsz = list(model.session.canvas)
+        return super().get_model(model, trainer, **kwargs)
 
 
 class KDYOLO(YOLO):
@@ -56,22 +70,25 @@ class KDYOLO(YOLO):
         """Load a checkpoint or exported file, or build an untrained model by name.
 
         Args:
-            model: ``lightnet-n|s|m``, a stock or own YAML, a ``.pt`` file, or an exported file.
+            model: ``lightnet-n|s|m``, a stock or own YAML, a ``.pt`` file, or an exported file or folder.
             trust: Load foreign pickled classes from a checkpoint.
             verbose: Print the layer table of a new model.
 
         Raises:
             CheckpointError: The file is missing, damaged, foreign or of another task.
-            ModelError: The model cannot be built.
+            ModelError: The model cannot be built, or the exported file is damaged, no detector or from a newer version.
         """
         name = str(model)
         self._trust = trust
+        path = Path(name)
         if name.endswith(".pt"):
             load_model(name, trust=trust)  # refuses what must not be unpickled; the parent class loads it again
-        elif Path(name).suffix in MODEL_FILES - {".yaml", ".yml"} and not Path(name).exists():
-            raise CheckpointError(f"{name}: no such file")
-        elif Path(name).suffix not in MODEL_FILES and not Path(name).exists():
-            name += ".yaml"  # a built-in name
+        elif name in builtin_names("models"):
+            name += ".yaml"  # even where a run's folder has that name
+        elif not path.exists() and path.suffix not in {".yaml", ".yml"}:
+            if path.suffix in SUFFIXES or path.name.endswith(tuple(FOLDER_NAMES)) or is_foreign(path):
+                raise CheckpointError(f"{name}: no such file or folder")
+            name += ".yaml"
         super().__init__(name, task="detect", verbose=verbose)
 
     @property
@@ -81,7 +98,7 @@ class KDYOLO(YOLO):
             "detect": {
                 "model": DetectionModel,
                 "trainer": KDTrainer,
-                "validator": DetectionValidator,
+                "validator": KDValidator,
                 "predictor": KDPredictor,
             }
         }
@@ -97,6 +114,7 @@ class KDYOLO(YOLO):
         """
         from kd_yolo.training import train
 
+        self._check_is_pytorch_model()
         model = str(self.ckpt_path) if self.ckpt_path else str(self.model_name).removesuffix(".yaml")
         own = {"data": "resumed"} if kwargs.get("resume") else {"model": model, "trust": self._trust}
         config, stock, groups = split_train_keys({**own, **kwargs})
@@ -105,14 +123,39 @@ class KDYOLO(YOLO):
         return report
 
     def val(self, **kwargs: Any) -> Any:
-        """Validate on the square canvas (``rect=False``), where exported files are judged too."""
+        """Validate on the square canvas (``rect=False``), where exported files are judged too.
+
+        Args:
+            **kwargs: As ``kd-yolo val``. An exported file is judged on its own canvas unless ``imgsz`` says otherwise.
+
+        Raises:
+            DataError: The data set has other classes.
+            ConfigError: An exported file cannot take a key.
+        """
         if kwargs.get("data"):
             kwargs["data"] = str(resolve_dataset(str(kwargs["data"])))
-        return super().val(**{"rect": False, "plots": False, **kwargs})
+            if not kwargs.get("single_cls"):
+                check_same_classes(self.names, kwargs["data"], self.model_name)
+        elif isinstance(self.model, ExportedDetector):
+            raise ConfigError(f"{self.model_name}: an exported file knows no data set; give data=")
+        given = self._opened({"rect": False, "plots": False, **kwargs})
+        if isinstance(self.model, ExportedDetector):
+            given["imgsz"] = max(given["imgsz"])  # see KDValidator
+        return super().val(**given)
 
     def predict(self, source: Any = None, stream: bool = False, **kwargs: Any) -> Any:
-        """Detect on the square canvas, so that ``.pt`` and exported files return the same boxes."""
-        results = super().predict(source, stream, **{"rect": False, "save": False, **kwargs})
+        """Detect on the square canvas, so that ``.pt`` and exported files return the same boxes.
+
+        Args:
+            source: Image, folder, video, camera, array or a list of them.
+            stream: Return a generator.
+            **kwargs: As ``kd-yolo predict``. An exported file detects on its own canvas unless ``imgsz`` says
+                otherwise.
+
+        Raises:
+            ConfigError: An exported file cannot take a key.
+        """
+        results = super().predict(source, stream, **self._opened({"rect": False, "save": False, **kwargs}))
         return results if stream or isinstance(results, list) else list(results)
 
     def deploy(self, out: str | Path | None = None, nms: bool = True) -> DeployReport:
@@ -137,6 +180,46 @@ class KDYOLO(YOLO):
             kwargs["data"] = str(resolve_dataset(str(kwargs["data"])))
         return benchmark([str(self.ckpt_path or self.model_name), *map(str, others)], **kwargs)
 
+    def _load(self, weights: str, task: str | None = None) -> None:
+        """Load a checkpoint as Ultralytics does; describe an exported file, which is opened when it is run."""
+        path = Path(weights)
+        if path.suffix == ".pt" or is_foreign(path):
+            super()._load(weights, task=task)
+            return
+        self.model: Any = ExportedDetector(path)
+        self.ckpt = None
+        self.task = "detect"
+        self.ckpt_path = self.model_name = weights
+        self.overrides = {"model": weights, "task": "detect"}
+
+    def _check_is_pytorch_model(self) -> None:
+        """Refuse to train, merge or export an exported file.
+
+        Raises:
+            ModelError: It is one.
+        """
+        if isinstance(self.model, ExportedDetector):
+            raise ModelError(
+                f"{self.model_name}: is an exported file, which can predict, be validated and be timed; "
+                "for anything else give the .pt checkpoint that it was exported from"
+            )
+        super()._check_is_pytorch_model()
+
+    def _opened(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Open an exported file for a call; return the call's keys with the canvas and device that it gets."""
+        model = self.model
+        if not isinstance(model, ExportedDetector):
+            return kwargs
+        refused = [key for key in CHECKPOINT_KEYS if kwargs.get(key)]
+        if refused:
+            raise ConfigError(f"{refused[0]}={kwargs[refused[0]]}: only a .pt checkpoint can do that")
+        if kwargs["rect"] and not model.description.dynamic:
+            raise ConfigError(f"rect=true: {self.model_name} has a fixed canvas; export it with dynamic=true")
+        head = model.description.head
+        if kwargs.get("nms") is not None and bool(kwargs["nms"]) == (head == "nms-free"):
+            raise ConfigError(f"nms={kwargs['nms']}: {self.model_name} has the head '{head}' for good; leave nms out")
+        return {**kwargs, **model.open(kwargs.get("imgsz"), kwargs.get("device"))}
+
     def _new(self, cfg: str, task: str | None = None, verbose: bool = False) -> None:
         self.model = build_model(cfg, verbose=verbose)
         self.cfg = self.model_name = cfg
@@ -146,6 +229,7 @@ class KDYOLO(YOLO):
         self.model.task = self.task
 
     def _checkpoint(self, what: str) -> Path:
+        self._check_is_pytorch_model()
         if not self.ckpt_path:
             raise ModelError(f"{self.model_name} is not trained: no checkpoint to {what}; train it or load a .pt file")
         return Path(str(self.ckpt_path))

@@ -57,7 +57,9 @@ class BenchmarkKeys(Strict):
     split: str = "val"
     rounds: int | None = Field(default=None, ge=1)
     iterations: int | None = Field(default=None, ge=1)
+    stream: int | None = Field(default=None, ge=1)
     threads: int | None = Field(default=None, ge=1)
+    affinity: bool | list[int] | None = None
     device: str | int = "cpu"
     targets: str | list[str] | None = None
     against: str | None = None
@@ -197,6 +199,14 @@ def methods(values: Mapping[str, Any]) -> Outcome:
     return "\n".join(lines), {"methods": rows}
 
 
+def targets(values: Mapping[str, Any]) -> Outcome:
+    """List the processors that engines are built for and latencies are estimated for."""
+    refuse_unknown(values, [], "targets")
+    from kd_yolo.bench.targets_table import targets_table
+
+    return targets_table()
+
+
 def data(*arguments: Any) -> Outcome:
     """Run a ``data`` subcommand."""
     from kd_yolo.data_commands import SUBCOMMANDS
@@ -267,6 +277,7 @@ __all__ = [
     "methods",
     "models",
     "predict",
+    "targets",
     "train",
     "val",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from kd_yolo.inference import (
 )
 from kd_yolo.nn.merging import MergeReport
 from kd_yolo.provenance import find_recipe, foreign_to_stock, head_name, versions
-from kd_yolo.tables import markdown_table, text_pairs
+from kd_yolo.tables import PairReport
 
 # Bounds on a deployed file against the training form, both run in float64, so that what is measured is what the file
 # stores. Storing merged kernels in float32 costs about 1e-6 of the canvas for a pretrained network and was measured at
@@ -39,7 +39,7 @@ LARGEST_CHECK_CANVAS = 320
 
 
 @dataclass(frozen=True)
-class DeployReport:
+class DeployReport(PairReport):
     """What was written and how it was proven.
 
     Attributes:
@@ -90,20 +90,8 @@ class DeployReport:
     versions: dict[str, str]
     created: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return asdict(self) | {key: str(getattr(self, key)) for key in ("path", "provenance", "source")}
-
-    def to_markdown(self) -> str:
-        """Return a table of two columns."""
-        head, *rows = self._rows()
-        return markdown_table(head, rows)
-
-    def to_text(self) -> str:
-        """Return aligned lines for a terminal."""
-        return text_pairs(self._rows())
-
-    def _rows(self) -> list[tuple[str, str]]:
+    def rows(self) -> list[tuple[str, str]]:
+        """Return what people want to know first."""
         height, width = self.check_canvas
         where = f"{self.check_images} images at {height}x{width}, float64"
         return [

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torchvision  # type: ignore[import-untyped]  # noqa: F401  Ultralytics' NMS uses its kernel where it is loaded
 from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.nms import non_max_suppression
-from ultralytics.utils.ops import xywh2xyxy
+from ultralytics.utils.ops import scale_boxes, xywh2xyxy
 
 from kd_yolo.errors import ConfigError
 from kd_yolo.nn.merging import MergeReport, merge
@@ -178,6 +179,34 @@ def detections(raw: RawOutputs, nms: bool, confidence: float = CONFIDENCE, iou: 
         )
         return list(found)
     return [_top_pairs(boxes, scores, confidence) for boxes, scores in zip(raw.boxes, raw.scores, strict=True)]
+
+
+def postprocess(
+    output: Tensor,
+    shapes: Sequence[tuple[int, ...]],
+    canvas: tuple[int, int],
+    nms: bool,
+    confidence: float = CONFIDENCE,
+    iou: float = NMS_IOU,
+) -> list[Tensor]:
+    """Turn the output of a deployed graph into detections in pixels of the images, as Ultralytics' predictor does.
+
+    Args:
+        output: (B, 4 + K, A) of all anchors with centre-size boxes, or (B, n, 6) of rows that need no NMS.
+        shapes: Height and width of each image before the letterbox.
+        canvas: Height and width that the network saw.
+        nms: Whether the output needs NMS.
+        confidence: Lowest score.
+        iou: Overlap above which NMS drops the weaker box.
+
+    Returns:
+        For every image (n, 6): x1, y1, x2, y2, score, class; best first.
+    """
+    # Ultralytics' NMS stops at a time limit; results must not depend on how busy the machine is.
+    found = non_max_suppression(output, confidence, iou, max_det=MAX_DETECTIONS, end2end=not nms, max_time_img=1e6)
+    for rows, shape in zip(found, shapes, strict=True):
+        rows[:, :4] = scale_boxes(canvas, rows[:, :4], shape)
+    return list(found)
 
 
 def _top_pairs(boxes: Tensor, scores: Tensor, confidence: float) -> Tensor:

@@ -10,7 +10,7 @@ import yaml
 
 from kd_yolo.errors import ConfigError, nearest
 
-KINDS = ("models", "methods", "datasets")
+KINDS = ("models", "methods", "datasets", "targets")
 
 
 def builtin_root() -> Path:
@@ -27,7 +27,7 @@ def find(kind: str, name: str) -> Path:
     """Return the YAML file that ``name`` stands for.
 
     Args:
-        kind: One of ``models``, ``methods``, ``datasets``.
+        kind: One of ``models``, ``methods``, ``datasets``, ``targets``.
         name: A path to a YAML file, or the name of a built-in with or without ``.yaml``.
 
     Raises:

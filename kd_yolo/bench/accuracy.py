@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionValidator
 
-from kd_yolo.bench.runners import Runner, TorchRunner
-from kd_yolo.checkpoints import serialize
-from kd_yolo.errors import ConfigError, DataError
-from kd_yolo.images import dataset_files, dataset_names
+from kd_yolo.bench.runners import Runner, SessionRunner
+from kd_yolo.bench.torch_runner import TorchRunner
+from kd_yolo.errors import ModelError
+from kd_yolo.images import dataset_files
+from kd_yolo.runtimes import check_same_classes
+from kd_yolo.runtimes.opening import is_foreign
+from kd_yolo.runtimes.ultralytics_backend import ExportedDetector
 
 BATCH = 16  # does not change the result; an exported file with a fixed batch is fed in portions
 
@@ -34,73 +40,78 @@ class Accuracy:
     split: str
 
 
+class CanvasValidator(DetectionValidator):
+    """The stock validator on one canvas, square or not: its own key has one side only."""
+
+    canvas: tuple[int, int]
+
+    def get_model(self, model: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Set the canvas where Ultralytics takes it over from an exported file."""
+        self.args.imgsz = list(self.canvas)
+        return super().get_model(model, trainer, **kwargs)
+
+
 def evaluate(path: Path, runner: Runner, data: str, split: str, device: str) -> Accuracy:
-    """Validate an artifact with Ultralytics' validator, square canvas and no rectangular batches.
+    """Validate an opened artifact: an exported file in the session that was timed, a checkpoint in the same form.
 
     Args:
         path: The artifact.
-        runner: The same, opened; a checkpoint is judged in exactly the form that was timed.
+        runner: The same, opened.
         data: Resolved data YAML.
         split: Split to judge on.
         device: As for ``open_runner``.
 
     Raises:
-        ConfigError: The canvas is not square.
         DataError: The artifact's classes are not the data set's.
     """
-    height, width = runner.canvas
-    if height != width:
-        raise ConfigError(
-            f"{path}: mAP needs a square canvas, not {height}x{width}; leave data= out or use a square one"
-        )
-    if not isinstance(runner, TorchRunner):
-        return judge(path, data, split, height, device)
-    with tempfile.TemporaryDirectory(prefix="kd-yolo-val-") as folder:
-        judged = Path(folder) / f"{path.stem}.pt"
-        judged.write_bytes(serialize(runner.deployed, {}, {}))
-        return judge(judged, data, split, height, device, name=str(path))
+    if isinstance(runner, TorchRunner):
+        model: nn.Module = copy.deepcopy(runner.deployed)
+    elif isinstance(runner, SessionRunner):
+        model = ExportedDetector(path)
+        model.session = runner.session
+    else:
+        raise ModelError(f"{path}: a {type(runner).__name__} cannot be validated")
+    check_same_classes(dict(enumerate(runner.names)), data, path)
+    half = isinstance(runner, TorchRunner) and runner.precision == "fp16"
+    return _validate(model, data, split, runner.canvas, device, quantize=16 if half else None)
 
 
-def judge(path: Path, data: str, split: str, side: int, device: str = "cpu", name: str | None = None) -> Accuracy:
-    """Validate a checkpoint or exported file with Ultralytics' validator on the square canvas.
+def judge(
+    path: Path, data: str, split: str, side: int | tuple[int, int], device: str = "cpu", name: str | None = None
+) -> Accuracy:
+    """Validate a checkpoint or exported file with Ultralytics' validator, without rectangular batches.
 
     Args:
-        path: The file.
+        path: The file or folder.
         data: Resolved data YAML.
         split: Split to judge on.
-        side: Side of the canvas in pixels.
+        side: Side of the canvas in pixels, or height and width.
         device: As for ``open_runner``.
         name: What messages call the file.
 
     Raises:
         DataError: The file's classes are not the data set's.
+        ConfigError: It cannot take that canvas.
+        ModelError: It cannot be opened.
+        BackendMissingError: Its runtime is missing.
     """
+    canvas = (side, side) if isinstance(side, int) else side
+    if path.suffix != ".pt" and not is_foreign(path):
+        exported = ExportedDetector(path)
+        check_same_classes(exported.names, data, name or path)
+        exported.open(list(canvas), device)
+        return _validate(exported, data, split, canvas, device)
+    loaded = YOLO(path, task="detect")
+    check_same_classes(loaded.names, data, name or path)
+    return _validate(loaded.model, data, split, canvas, device)
+
+
+def _validate(model: Any, data: str, split: str, canvas: tuple[int, int], device: str, **keys: Any) -> Accuracy:
     with tempfile.TemporaryDirectory(prefix="kd-yolo-val-") as folder:
-        model = YOLO(path, task="detect")
-        _check_names(Path(name or path), model, data)
-        metrics: Any = model.val(
-            data=data,
-            split=split,
-            imgsz=side,
-            batch=BATCH,
-            rect=False,
-            workers=0,
-            plots=False,
-            verbose=False,
-            device=device,
-            project=folder,
-            name="val",
-        )
-    return Accuracy(float(metrics.box.map50), float(metrics.box.map), len(dataset_files(data, split)), split)
-
-
-def _check_names(path: Path, model: YOLO, data: str) -> None:
-    """Refuse to judge classes by the numbers of other classes."""
-    names: Any = model.names
-    ours = [str(names[key]).strip().lower() for key in sorted(names)]
-    theirs = [name.strip().lower() for name in dataset_names(data)]
-    if ours != theirs:
-        raise DataError(
-            f"{path}: its classes ({', '.join(ours[:6])}) are not those of {data} ({', '.join(theirs[:6])}); "
-            "give the data set it was trained on"
-        )
+        given = {"data": data, "split": split, "imgsz": max(canvas), "batch": BATCH, "device": device, **keys}
+        quiet = {"rect": False, "workers": 0, "plots": False, "verbose": False, "mode": "val", "task": "detect"}
+        validator = CanvasValidator(args={**given, **quiet, "project": folder, "name": "val"})
+        validator.canvas = canvas
+        validator(model=model)
+        box: Any = validator.metrics.box
+    return Accuracy(float(box.map50), float(box.map), len(dataset_files(data, split)), split)

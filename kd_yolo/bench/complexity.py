@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+from kd_yolo.bench.layers import WEIGHTED, load_graph, multiply_adds
 
 
 def onnx_complexity(path: Path, canvas: tuple[int, int]) -> tuple[int, float]:
@@ -20,40 +19,13 @@ def onnx_complexity(path: Path, canvas: tuple[int, int]) -> tuple[int, float]:
         Weights and biases of convolutions and matrix products; and GFLOPs for one image, two per multiply-add of the
         convolutions.
     """
-    import onnx
-
-    model = onnx.load(path)
-    dims = model.graph.input[0].type.tensor_type.shape.dim
-    for dim, size in zip(dims, (1, None, *canvas), strict=True):
-        if size is not None:
-            dim.dim_value = size
-    for output in model.graph.output:
-        output.type.tensor_type.ClearField("shape")
-    sizes = {item.name: tuple(item.dims) for item in model.graph.initializer}
-    sizes |= _constants(model.graph)
-    shapes = _shapes(onnx.shape_inference.infer_shapes(model, data_prop=True).graph)
-    params, multiply_adds = 0, 0
-    for node in model.graph.node:
+    graph = load_graph(path, canvas)
+    params, total = 0, 0
+    for node in graph.nodes:
         if node.op_type not in WEIGHTED:
             continue
-        weights = [sizes[name] for name in node.input[1:] if name in sizes]
-        params += sum(math.prod(shape) for shape in weights)
-        if node.op_type in {"Conv", "ConvTranspose"} and weights:
-            where = shapes.get(node.output[0] if node.op_type == "Conv" else node.input[0], ())
-            multiply_adds += math.prod(weights[0]) * math.prod(where[2:])
-    return params, 2 * multiply_adds / 1e9
-
-
-def _constants(graph: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of tensors that stand in Constant nodes."""
-    found = {}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
-            found[node.output[0]] = tuple(node.attribute[0].t.dims)
-    return found
-
-
-def _shapes(graph: Any) -> dict[str, tuple[int, ...]]:
-    """Return the inferred shapes by tensor name."""
-    values = [*graph.value_info, *graph.input, *graph.output]
-    return {value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in values}
+        stored = [name for name in node.input[1:] if name in graph.constants]
+        params += sum(math.prod(graph.shapes.get(name, ())) for name in stored)
+        if node.op_type in {"Conv", "ConvTranspose"}:
+            total += multiply_adds(node, graph.shapes) // max(1, graph.shapes[node.output[0]][0])
+    return params, 2 * total / 1e9

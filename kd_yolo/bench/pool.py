@@ -8,11 +8,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kd_yolo import errors
 from kd_yolo.errors import KDYoloError, ModelError
+
+if TYPE_CHECKING:
+    from kd_yolo.bench.runners import Choice
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
@@ -20,9 +22,9 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 class WorkerProcess:
     """One artifact in a process of its own."""
 
-    def __init__(self, artifact: Path, threads: int) -> None:
+    def __init__(self, choice: Choice, threads: int) -> None:
         """Start the process; nothing is loaded yet."""
-        self.artifact = artifact
+        self.choice = choice
         quiet = {"YOLO_VERBOSE": "false", "YOLO_AUTOINSTALL": "false"}
         env = {**os.environ, **quiet, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
         self.process = subprocess.Popen(
@@ -52,12 +54,12 @@ class WorkerProcess:
             line = ""
         if not line:
             status = self.process.wait()
-            raise ModelError(f"{self.artifact}: its process ended with status {status} ({do}); is there enough memory?")
+            raise ModelError(f"{self.choice}: its process ended with status {status} ({do}); is there enough memory?")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             kind = getattr(errors, answer["kind"], KDYoloError)
             text = answer["error"]
-            raise kind(text if str(self.artifact) in text else f"{self.artifact}: {text}")
+            raise kind(text if str(self.choice.path) in text else f"{self.choice}: {text}")
         return answer
 
     def close(self) -> None:
@@ -73,11 +75,11 @@ class WorkerProcess:
 
 
 @contextlib.contextmanager
-def worker_pool(artifacts: Sequence[Path], threads: int) -> Iterator[list[WorkerProcess]]:
+def worker_pool(choices: Sequence[Choice], threads: int) -> Iterator[list[WorkerProcess]]:
     """Start one process an artifact and end all of them, whatever happens."""
     workers: list[WorkerProcess] = []
     try:
-        workers.extend(WorkerProcess(artifact, threads) for artifact in artifacts)
+        workers.extend(WorkerProcess(choice, threads) for choice in choices)
         yield workers
     finally:
         for worker in workers:

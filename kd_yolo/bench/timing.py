@@ -108,6 +108,18 @@ class StageTimer:
             self.call()
         return [self.call() for _ in range(calls)]
 
+    def stream(self, calls: int) -> float:
+        """Return the seconds of ``calls`` calls on end, the device awaited only after the last one."""
+        self.call()
+        self.sync()
+        start = self.clock()
+        for _ in range(calls):
+            value: Any = None
+            for stage in self.stages:
+                value = stage(value)
+        self.sync()
+        return self.clock() - start
+
 
 def percentile(samples: Sequence[float], share: float) -> float:
     """Return a percentile by linear interpolation between the two nearest ranks.
@@ -143,12 +155,15 @@ def summarize_stages(calls: Sequence[Sequence[float]]) -> dict[str, Summary]:
     }
 
 
-def images_per_second(calls: Sequence[Sequence[float]], batch: int) -> float:
-    """Return what a stream of images gets: all images by all time, slow calls included."""
-    return len(calls) * batch / (sum(map(sum, calls)) / 1e3)
+def round_medians(rounds: Sequence[Sequence[Sequence[float]]]) -> dict[str, list[float]]:
+    """Return the median of every round, by stage and for the whole, from the milliseconds by round, call and stage."""
+    medians = {
+        name: [statistics.median(call[index] for call in calls) for calls in rounds]
+        for index, name in enumerate(STAGES)
+    }
+    return medians | {WHOLE: [statistics.median(sum(call) for call in calls) for calls in rounds]}
 
 
-def spread_of_rounds(rounds: Sequence[Sequence[Sequence[float]]]) -> float:
-    """Return (largest - smallest) / median of the rounds' medians of the whole: how much the machine itself wavered."""
-    medians = [statistics.median(sum(call) for call in calls) for calls in rounds]
+def spread(medians: Sequence[float]) -> float:
+    """Return (largest - smallest) / median of the rounds' medians: how much the machine itself wavered."""
     return (max(medians) - min(medians)) / statistics.median(medians)

@@ -4,8 +4,8 @@ Runtimes disturb each other inside a process: ONNX Runtime's waiting threads spi
 every artifact gets its own process, and while one is being timed the others wait for input and do nothing.
 
 Commands on stdin, one answer each on stdout: ``{"do": "open", ...}``, ``{"do": "warm"}``, ``{"do": "round", ...}``,
-``{"do": "memory"}``, ``{"do": "accuracy", ...}``. The end of stdin ends the process. What libraries print goes to
-stderr.
+``{"do": "stream", ...}``, ``{"do": "memory"}``, ``{"do": "layers"}``, ``{"do": "accuracy", ...}``. The end of stdin
+ends the process. What libraries print goes to stderr.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from kd_yolo.errors import KDYoloError
+
+RUNTIME_PACKAGES = ("onnxruntime", "openvino", "ncnn", "tensorrt", "tensorrt_rtx")
 
 
 class Worker:
@@ -31,47 +33,56 @@ class Worker:
             "open": self.open,
             "warm": self.warm,
             "round": self.round,
+            "stream": self.stream,
+            "layers": self.layers,
             "memory": self.memory,
             "accuracy": self.accuracy,
         }
 
-    def open(
-        self,
-        artifact: str,
-        imgsz: int | None,
-        batch: int,
-        device: str,
-        threads: int,
-        trust: bool,
-        images: list[str],
-        synthetic: int,
-    ) -> dict[str, Any]:
-        """Import, load and describe; images are decoded here, so that reading files is not timed."""
+    def open(self, artifact: str, runtime: str | None, cores: list[int] | None, **spec: Any) -> dict[str, Any]:
+        """Bind to cores, import, load and describe.
+
+        Args:
+            artifact: Path.
+            runtime: How to run it; None for the default.
+            cores: Cores to bind to, or None.
+            spec: ``imgsz``, ``batch``, ``device``, ``threads`` and ``trust`` as ``open_runner`` takes them, ``images``
+                (files, decoded here, so that reading them is not timed) and ``synthetic`` (how many).
+        """
+        from kd_yolo.bench.affinity import bind
+
+        bind(cores)  # before anything starts a thread
         import cv2
         import torch
 
+        threads = spec["threads"]
         torch.set_num_threads(threads)
         torch.set_num_interop_threads(1)
         cv2.setNumThreads(threads)
-        from kd_yolo.bench.runners import open_runner
+        from kd_yolo.bench.runners import Choice, open_runner
         from kd_yolo.bench.timing import StageTimer
         from kd_yolo.images import read_image, textured_images
 
         self.before_mb = memory_mb()[0]
-        self.path, self.device = Path(artifact), device
-        self.runner = open_runner(self.path, imgsz, batch, device, trust)
-        pictures = [read_image(Path(image)) for image in images] + textured_images(synthetic)
-        self.timer = StageTimer(self.runner.stages(pictures, batch), self.runner.sync, time.perf_counter)
+        self.path, self.batch, self.device = Path(artifact), spec["batch"], spec["device"]
+        keys = ("imgsz", "batch", "device", "threads", "trust")
+        self.runner = open_runner(Choice(self.path, runtime), **{key: spec[key] for key in keys})
+        pictures = [read_image(Path(image)) for image in spec["images"]] + textured_images(spec["synthetic"])
+        self.timer = StageTimer(self.runner.stages(pictures, self.batch), self.runner.sync, time.perf_counter)
         self.timer.call()  # fails now, not in the middle of a round
+        return self.describe()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the artifact is."""
+        from kd_yolo.files import size_mb
+
+        names = ("runtime", "precision", "head", "params", "gflops", "source")
         return {
-            "runtime": self.runner.runtime,
-            "precision": self.runner.precision,
-            "head": self.runner.head,
+            **{name: getattr(self.runner, name) for name in names},
             "canvas": list(self.runner.canvas),
-            "params": self.runner.params,
-            "gflops": self.runner.gflops,
-            "size_mb": self.path.stat().st_size / 1e6,
-            "environment": environment(device),
+            "names": list(self.runner.names),
+            "size_mb": size_mb(self.path),
+            "environment": environment(self.device),
         }
 
     def warm(self) -> dict[str, Any]:
@@ -81,6 +92,28 @@ class Worker:
     def round(self, calls: int) -> dict[str, Any]:
         """Time some calls."""
         return {"calls": self.timer.round(calls)}
+
+    def stream(self, images: int) -> dict[str, Any]:
+        """Push images through on end; return the wall-clock rate and the energy of it."""
+        from kd_yolo.bench.energy import open_meter
+        from kd_yolo.devices import parse_device
+
+        meter = open_meter(parse_device(self.device))
+        calls = -(-images // self.batch)
+        before = meter.start()
+        seconds = self.timer.stream(calls)
+        joules = meter.since(before)
+        return {
+            "fps": calls * self.batch / seconds,
+            "stream_images": calls * self.batch,
+            "energy_mj_per_image": None if joules is None else 1e3 * joules / (calls * self.batch),
+            "energy_note": meter.name,
+        }
+
+    def layers(self) -> dict[str, Any]:
+        """Return the layers of the network, or None where the format hides them."""
+        found = self.runner.layers(self.batch)
+        return {"layers": None if found is None else [asdict(layer) for layer in found]}
 
     def memory(self) -> dict[str, Any]:
         """Return the largest memory of this process, and what of it came after the imports."""
@@ -127,18 +160,21 @@ def environment(device: str) -> dict[str, Any]:
     import psutil
     import torch
 
+    from kd_yolo.devices import parse_device
     from kd_yolo.provenance import versions
 
     found = {**versions(), "opencv": cv2.__version__}
-    if "onnxruntime" in sys.modules:
-        found["onnxruntime"] = str(sys.modules["onnxruntime"].__version__)
-    gpu = None if device == "cpu" else torch.cuda.get_device_name(0 if device == "cuda" else int(device.split(":")[-1]))
+    loaded = [name for name in RUNTIME_PACKAGES if name in sys.modules]
+    found |= {name: str(sys.modules[name].__version__) for name in loaded if hasattr(sys.modules[name], "__version__")}
+    chosen = parse_device(device)
     affinity = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else None
     return {
         "cpu": cpu_name(),
         "cores_physical": psutil.cpu_count(logical=False),
         "cores_usable": len(affinity) if affinity else psutil.cpu_count(),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else None,
+        "cuda": torch.version.cuda if chosen.type == "cuda" else None,
+        "tf32": bool(torch.backends.cudnn.allow_tf32) if chosen.type == "cuda" else None,
         "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "affinity": affinity,
@@ -183,5 +219,5 @@ def own_stdout() -> Iterator[TextIO]:
 
 
 if __name__ == "__main__":
-    with own_stdout() as stream:
+    with suppress(BrokenPipeError), own_stdout() as stream:  # the parent may have been killed
         serve(sys.stdin, stream)

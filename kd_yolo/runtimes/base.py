@@ -1,80 +1,22 @@
-"""What every runtime offers, and what every exported file says about itself."""
+"""What every runtime offers."""
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
-import kd_yolo
 from kd_yolo.errors import ConfigError, ModelError
-from kd_yolo.inference import check_canvas
-from kd_yolo.provenance import head_name
+from kd_yolo.runtimes.description import (
+    METADATA_KEY,
+    Description,
+    check_same_classes,
+    check_signature,
+    description_of,
+)
 
-METADATA_KEY = "kd_yolo"
-"""Key of our entry (JSON text) beside Ultralytics' own metadata in every format."""
-
-
-@dataclass(frozen=True)
-class Description:
-    """What an exported file says about itself: Ultralytics' metadata and our own entry.
-
-    Attributes:
-        format: ``onnx``, ``openvino``, ``torchscript``, ``ncnn``, ``engine`` (TensorRT) or ``rtx`` (TensorRT for RTX).
-        names: Class names by index.
-        stride: Largest stride in pixels.
-        channels: Channels of an image, 3 or 1.
-        canvas: Height and width it was exported at.
-        batch: Images per call it was exported with.
-        dynamic: Whether batch and canvas are free.
-        precision: ``fp32``, ``fp16`` or ``int8``.
-        head: ``nms``, ``nms-free`` or ``nms inside``: what its output needs.
-        own: Our entry: ``version`` of kd-yolo, ``source_sha256``, ``recipe_sha256``, and what a format adds (for an
-            engine ``compute_capability`` and ``tensorrt``); empty when plain Ultralytics wrote the file.
-    """
-
-    format: str
-    names: dict[int, str]
-    stride: int
-    channels: int
-    canvas: tuple[int, int]
-    batch: int
-    dynamic: bool
-    precision: str
-    head: str
-    own: dict[str, Any] = field(default_factory=dict)
-
-    def check(self, name: str | Path, imgsz: Any = None, batch: int | None = None) -> tuple[int, int]:
-        """Return the canvas that a call will use.
-
-        Args:
-            name: What messages call the file.
-            imgsz: Wanted canvas (a side, or height and width), or None for the file's own.
-            batch: Wanted images per call, or None for the file's own.
-
-        Raises:
-            ConfigError: The file cannot take that canvas or batch.
-        """
-        canvas = self.canvas if imgsz is None else check_canvas(imgsz, self.stride)
-        if self.dynamic:
-            return canvas
-        if canvas != self.canvas:
-            height, width = self.canvas
-            hint = str(height) if height == width else f"[{height},{width}]"
-            raise ConfigError(
-                f"{name}: its canvas is fixed at {height}x{width}; use imgsz={hint}, or export it again at "
-                f"{canvas[0]}x{canvas[1]} or with dynamic=true"
-            )
-        if batch is not None and batch != self.batch:
-            raise ConfigError(f"{name}: its batch is fixed at {self.batch}; use batch={self.batch} or export it again")
-        return canvas
+__all__ = ["METADATA_KEY", "Description", "Session", "check_same_classes", "check_signature", "description_of"]
 
 
 class Session(ABC):
@@ -102,6 +44,34 @@ class Session(ABC):
             (B, n, 6) of selected rows x1, y1, x2, y2, score, class.
         """
 
+    @property
+    def fixed_batch(self) -> int | None:
+        """Images that a call of ``infer`` takes, no more and no fewer, or None for any number."""
+        return None if self.description.dynamic else self.description.batch
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Run the graph on any number of images: in portions of its fixed batch, the last one padded with zeros.
+
+        Args:
+            pixels: (N, C, H, W) on the canvas; otherwise as for ``infer``.
+
+        Returns:
+            As ``infer``, for all N images.
+
+        Raises:
+            ConfigError: The images are on a canvas, or have channels, that the file does not take.
+            ModelError: The output is not that of a detector with the classes that the file names.
+        """
+        self._check_pixels(pixels)
+        size = self.fixed_batch
+        if size is None or len(pixels) == size:
+            output = self.infer(pixels)
+        else:
+            # Cloned: a runtime may write every answer into the same buffer.
+            output = torch.cat([self.infer(_padded(part, size))[: len(part)].clone() for part in pixels.split(size)])
+        self._check_output(output)
+        return output
+
     def sync(self) -> None:
         """Wait until the device is idle."""
         return
@@ -110,72 +80,27 @@ class Session(ABC):
         """Return the device memory used at most, in 10^6 bytes, or None without a device of its own."""
         return None
 
+    def _check_pixels(self, pixels: Tensor) -> None:
+        channels, *canvas = pixels.shape[1:]
+        told = self.description
+        if channels != told.channels:
+            raise ConfigError(f"{self.runtime}: the file takes images of {told.channels} channels, not {channels}")
+        if not told.dynamic and tuple(canvas) != self.canvas:
+            height, width = self.canvas
+            raise ConfigError(f"{self.runtime}: the file's canvas is {height}x{width}, not {canvas[0]}x{canvas[1]}")
 
-def description_of(format: str, metadata: Mapping[str, Any], name: str | Path) -> Description:
-    """Return the description that Ultralytics' metadata and our entry in it make.
-
-    Args:
-        format: See ``Description``.
-        metadata: As stored: values may be Python literals in text, ``kd_yolo`` is JSON text or a mapping.
-        name: What messages call the file.
-
-    Raises:
-        ModelError: It is no detector, its metadata is missing or damaged, or a newer kd-yolo wrote it.
-    """
-    values = {str(key): _literal(value) for key, value in metadata.items() if key != METADATA_KEY}
-    missing = [key for key in ("stride", "names", "imgsz", "batch") if key not in values]
-    if missing:
-        raise ModelError(
-            f"{name}: says nothing about its {', '.join(missing)}; it is damaged, or neither kd-yolo nor Ultralytics "
-            "exported it; export it again"
-        )
-    if values.get("task", "detect") != "detect":
-        raise ModelError(f"{name}: is a model for the task '{values['task']}'; a detector is needed")
-    own = metadata.get(METADATA_KEY) or {}
-    try:
-        own = json.loads(own) if isinstance(own, str) else dict(own)
-        height, width = (values["imgsz"],) * 2 if isinstance(values["imgsz"], int) else values["imgsz"]
-        arguments = values.get("args") or {}
-        free = values.get("end2end") is True
-        return Description(
-            format=format,
-            names={int(key): str(value) for key, value in dict(values["names"]).items()},
-            stride=int(values["stride"]),
-            channels=int(values.get("channels", 3)),
-            canvas=(int(height), int(width)),
-            batch=int(values["batch"]),
-            dynamic=bool(values.get("dynamic", arguments.get("dynamic", False))),
-            precision=str(own.get("precision") or _precision(arguments)),
-            head="nms inside" if arguments.get("nms") else head_name(not free),
-            own=_known_version(own, name),
-        )
-    except (TypeError, ValueError, KeyError) as error:
-        raise ModelError(f"{name}: its metadata is damaged ({error}); export it again") from error
+    def _check_output(self, output: Tensor) -> None:
+        classes = len(self.description.names)
+        raw = self.description.head == "nms"
+        if output.ndim != 3 or (output.shape[1] != 4 + classes if raw else output.shape[2] != 6):
+            form = f"(B, {4 + classes}, A)" if raw else "(B, n, 6)"
+            raise ModelError(
+                f"{self.runtime}: the file's output is {tuple(output.shape)}, that of a detector of {classes} classes "
+                f"(head '{self.description.head}') is {form}; its metadata belongs to another model: export it again"
+            )
 
 
-def _known_version(own: dict[str, Any], name: str | Path) -> dict[str, Any]:
-    """Refuse what a newer kd-yolo wrote: nobody here knows what has changed in it."""
-    wrote, ours = str(own.get("version", "0")), kd_yolo.__version__
-    if _numbers(wrote)[:2] > _numbers(ours)[:2]:
-        raise ModelError(f"{name}: was written by kd-yolo {wrote}, this is {ours}; update kd-yolo, or export it again")
-    return own
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
-
-
-def _precision(arguments: Mapping[str, Any]) -> str:
-    """Return the precision that Ultralytics' export arguments ask for."""
-    quantize = arguments.get("quantize")
-    if quantize == 8 or arguments.get("int8"):
-        return "int8"
-    return "fp16" if quantize == 16 or arguments.get("half") else "fp32"
-
-
-def _literal(value: Any) -> Any:
-    """Read a metadata value as Ultralytics wrote it."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError, SyntaxError):
-            return ast.literal_eval(value)
-    return value
+def _padded(pixels: Tensor, size: int) -> Tensor:
+    """Append black images up to ``size``."""
+    lacking = size - len(pixels)
+    return torch.cat((pixels, pixels.new_zeros(lacking, *pixels.shape[1:]))) if lacking else pixels

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kd_yolo.devices import parse_device
-from kd_yolo.errors import BackendMissingError, ConfigError, ModelError
-from kd_yolo.runtimes.base import Description, Session, description_of
+from kd_yolo.errors import BackendMissingError, ConfigError, ModelError, nearest
+from kd_yolo.runtimes.base import Description, Session, check_signature, description_of
+from kd_yolo.runtimes.reading import onnx_metadata
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -23,7 +24,7 @@ PROVIDERS = {
 class OnnxRuntimeSession(Session):
     """An ONNX file in ONNX Runtime."""
 
-    def __init__(self, path: Path, session: Any, description: Description, canvas: tuple[int, int]) -> None:
+    def __init__(self, session: Any, description: Description, canvas: tuple[int, int]) -> None:
         """Take an opened session; see ``open_session``."""
         self.session, self.description, self.canvas = session, description, canvas
         self.runtime = f"onnxruntime {session.get_providers()[0]}"
@@ -37,50 +38,58 @@ class OnnxRuntimeSession(Session):
 
 
 def describe(path: Path) -> Description:
-    """Read the metadata of an ONNX file.
+    """Read the metadata of an ONNX file; ONNX Runtime is not needed.
 
     Raises:
-        BackendMissingError: ONNX Runtime is missing.
-        ModelError: As ``description_of``, or the file cannot be opened.
+        ModelError: As ``description_of``, or the file is truncated or no ONNX file.
     """
-    return _description(path, _open(path, ["CPUExecutionProvider"], threads=1))
+    return description_of("onnx", onnx_metadata(path), path)
 
 
 def open_session(
     path: Path, imgsz: Any, batch: int | None, device: str, threads: int | None, provider: str | None
 ) -> OnnxRuntimeSession:
     """Open an ONNX file; see ``kd_yolo.runtimes.open_session``."""
-    chosen = parse_device(device)
-    name = (provider or chosen.type).lower()
+    name = str(provider).lower() if provider else parse_device(device).type
     if name not in PROVIDERS:
-        raise ConfigError(f"provider={provider}: unknown (known: {', '.join(PROVIDERS)})")
+        raise ConfigError(f"provider={provider}: unknown{nearest(name, PROVIDERS)} (known: {', '.join(PROVIDERS)})")
+    description = describe(path)
+    canvas = description.check(path, imgsz, batch)
     wanted = PROVIDERS[name]
-    _onnxruntime(path)
-    on_gpu = name in {"cuda", "tensorrt"}
-    options = {"device_id": chosen.index or 0} if on_gpu else {}
-    session = _open(path, [(wanted, options)] if options else [wanted], threads)
+    session = _open(path, wanted, _options(name, device), threads)
     active = session.get_providers()[0]
     if active != wanted:
         raise BackendMissingError(f"{path}: {wanted} was asked for, but ONNX Runtime fell back to {active}")
-    description = _description(path, session)
-    return OnnxRuntimeSession(path, session, description, description.check(path, imgsz, batch))
+    check_signature(description, _shapes(session.get_inputs()), _shapes(session.get_outputs()), path)
+    return OnnxRuntimeSession(session, description, canvas)
 
 
-def _open(path: Path, providers: list[Any], threads: int | None) -> Any:
+def _options(name: str, device: str) -> dict[str, Any]:
+    """Return the options of a provider: which GPU it runs on.
+
+    Raises:
+        ConfigError: ``device`` is not there; for a provider of a GPU ``cpu`` stands for its first one.
+    """
+    if name not in {"cuda", "tensorrt"}:
+        return {}
+    chosen = parse_device("cuda" if str(device).lower() == "cpu" else device)
+    return {"device_id": chosen.index or 0}
+
+
+def _open(path: Path, provider: str, provider_options: dict[str, Any], threads: int | None) -> Any:
     onnxruntime = _onnxruntime(path)
-    names = [item if isinstance(item, str) else item[0] for item in providers]
-    lacking = [name for name in names if name not in onnxruntime.get_available_providers()]
-    if lacking:
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
         raise BackendMissingError(
-            f"{path}: this ONNX Runtime has no {lacking[0]} (it has "
-            f"{', '.join(onnxruntime.get_available_providers())}); install onnxruntime-gpu, or use device=cpu"
+            f"{path}: this ONNX Runtime has no {provider} (it has {', '.join(available)}); install the onnxruntime "
+            "package that has it, or use device=cpu"
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, provider_options)])
     except Exception as error:  # onnxruntime's classes share no public base
         raise ModelError(f"{path}: ONNX Runtime cannot open it ({str(error).splitlines()[0][:200]})") from error
     session.disable_fallback()
@@ -95,6 +104,6 @@ def _onnxruntime(path: Path) -> Any:
     return onnxruntime
 
 
-def _description(path: Path, session: Any) -> Description:
-    metadata = session.get_modelmeta().custom_metadata_map
-    return description_of("onnx", metadata, path)
+def _shapes(nodes: list[Any]) -> list[list[int | None]]:
+    """Return the declared shapes; ONNX names a free length instead of numbering it."""
+    return [[length if isinstance(length, int) else None for length in node.shape] for node in nodes]

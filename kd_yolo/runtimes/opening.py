@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+from ultralytics.engine.exporter import export_formats
+
 from kd_yolo.errors import ModelError
 from kd_yolo.runtimes.base import Description, Session
 
@@ -20,6 +22,7 @@ MODULES = {
 }
 SUFFIXES = {".onnx": "onnx", ".torchscript": "torchscript", ".engine": "engine", ".xml": "openvino", ".param": "ncnn"}
 FOLDERS = {"*.xml": "openvino", "*.ncnn.param": "ncnn"}
+FOLDER_NAMES = {"_openvino_model": "openvino", "_ncnn_model": "ncnn"}
 
 
 def artifact_format(path: Path) -> str:
@@ -41,9 +44,16 @@ def artifact_format(path: Path) -> str:
         if found:
             return found[0]
         raise ModelError(f"{path}: is a folder without an exported model (no .xml of OpenVINO, no .param of ncnn)")
-    if path.suffix in SUFFIXES:
-        return SUFFIXES[path.suffix]
+    if path.suffix.lower() in SUFFIXES:
+        return SUFFIXES[path.suffix.lower()]
     raise ModelError(f"{path}: is not an exported model (known: {', '.join(SUFFIXES)}, OpenVINO and ncnn folders)")
+
+
+def is_foreign(path: Path) -> bool:
+    """Return whether a path is named like a format that Ultralytics exports and these runtimes do not open."""
+    name = path.name.lower()
+    matching = [suffix for suffix in export_formats()["Suffix"] if suffix and name.endswith(suffix)]
+    return bool(matching) and max(matching, key=len) not in {".pt", *SUFFIXES, *FOLDER_NAMES}
 
 
 def describe(path: Path) -> Description:
@@ -71,7 +81,7 @@ def open_session(
         path: File or folder.
         imgsz: Canvas of the calls to come; default the file's own.
         batch: Images per call; default the file's own.
-        device: ``cpu``, ``cuda`` or a CUDA number.
+        device: ``cpu``, ``cuda`` or a CUDA number; for OpenVINO ``cpu``, ``intel:gpu`` or ``intel:npu``.
         threads: CPU threads; default PyTorch's number.
         provider: Execution provider of ONNX Runtime: ``cpu``, ``cuda``, ``tensorrt`` or ``openvino``; default by
             ``device``.

@@ -20,6 +20,7 @@ else:
 ROOT = Path(__file__).resolve().parents[2]
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 50
+LONG_FILES = {"export/bundle_files/detect.py": 470}  # copied alone into a bundle, so all of it is in one file
 SKIPPED_FOLDERS = {"__pycache__"}
 
 # The parts of the package from the ground up. A part may import itself and every part on a lower line, never a
@@ -207,7 +208,7 @@ def test_sizes__files_and_functions() -> None:
     long = []
     for path in sources().values():
         text, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT)
-        if (lines := len(text.splitlines())) > MAX_FILE_LINES:
+        if (lines := len(text.splitlines())) > LONG_FILES.get(name.as_posix(), MAX_FILE_LINES):
             long.append(f"{name}: {lines} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):

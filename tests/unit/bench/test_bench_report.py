@@ -9,9 +9,14 @@ from typing import Any
 import cv2
 import pytest
 
-from kd_yolo.bench.report import BenchReport, BenchRow, save
-from kd_yolo.bench.timing import summarize_stages
+from kd_yolo.bench.against import Change, shift
+from kd_yolo.bench.layers import Layer
+from kd_yolo.bench.report import BenchReport, BenchRow
+from kd_yolo.bench.roofline import PRECISIONS, estimate
+from kd_yolo.bench.timing import round_medians, summarize_stages
+from kd_yolo.bench.writing import save
 from kd_yolo.errors import OutputError
+from kd_yolo.targets import load_target
 
 
 def row(name: str, scale: float, **keys: Any) -> BenchRow:
@@ -22,7 +27,9 @@ def row(name: str, scale: float, **keys: Any) -> BenchRow:
         "precision": "fp32",
         "head": "nms",
         "latency_ms": summarize_stages(calls),
+        "rounds_ms": round_medians([calls]),
         "fps": 80.0 / scale,
+        "stream_images": 200,
         "samples": 2,
         "warmup_calls": 20,
         "warmup_stable": True,
@@ -33,11 +40,13 @@ def row(name: str, scale: float, **keys: Any) -> BenchRow:
         "peak_memory_mb": 512.0,
         "model_memory_mb": 40.0,
         "peak_device_memory_mb": None,
+        "energy_mj_per_image": None,
+        "energy_note": "no counter",
     }
     return BenchRow(**fields | keys)
 
 
-def report(*rows: BenchRow, data: str | None = None) -> BenchReport:
+def report(*rows: BenchRow, data: str | None = None, **keys: Any) -> BenchReport:
     versions = {"kd_yolo": "0.1.0", "torch": "2.9", "onnxruntime": "1.23"}
     environment = {"cpu": "A CPU", "gpu": None, "cores_usable": 2, "versions": versions}
     return BenchReport(
@@ -46,6 +55,7 @@ def report(*rows: BenchRow, data: str | None = None) -> BenchReport:
         batch=1,
         device="cpu",
         threads=2,
+        affinity=[0, 1],
         rounds=3,
         iterations=4,
         images="32 synthetic",
@@ -56,6 +66,7 @@ def report(*rows: BenchRow, data: str | None = None) -> BenchReport:
         environment=environment,
         load_average=0.5,
         created="2025-01-01T00:00:00+00:00",
+        **keys,
     )
 
 
@@ -68,8 +79,10 @@ def test_markdown__one_table_with_its_conditions() -> None:
     assert "12.5/13.3/13.5" in lines[2]
     assert "a.pt (fp32)" in lines[2]
     assert "runs/" not in lines[2]
-    for part in ("batch of 1 at 224x224", "nothing left out", "A CPU, 2 threads", "32 synthetic", "onnxruntime 1.23"):
+    for part in ("batch of 1 at 224x224", "nothing left out", "A CPU, 2 threads, bound to 2 cores", "32 synthetic"):
         assert part in text
+    assert "onnxruntime 1.23" in text
+    assert "mJ: energy an image of the stream (no counter)." in text
     assert "Still drifting after the warm-up: runs/b.onnx" in text
 
 
@@ -79,6 +92,45 @@ def test_markdown__accuracy_when_there_is_some() -> None:
     assert "| 0.771 | 0.401 |" in text
     assert "| - | - |" in text
     assert "mAP on the val split of neu.yaml" in text
+
+
+def test_markdown__what_a_format_hides_is_a_dash() -> None:
+    lines = report(row("a.engine", 1, params=None, gflops=None, energy_mj_per_image=12.34)).to_markdown().splitlines()
+    assert "| 9.6 | - | - |" in lines[2]
+    assert lines[2].endswith("| 512 | 12.3 |")
+
+
+def test_markdown__estimates_are_called_estimates() -> None:
+    target, layers = load_target("rtx3070ti"), [Layer("conv", "Conv", 217_000_000, 1000, 1000)]
+    found = [estimate(layers, target, precision, "runs/a.onnx") for precision in PRECISIONS]
+    measured = type(found[1])(**{**vars(found[1]), "measured_ms": 1.5, "measured_by": "tensorrt"})
+    one = report(row("runs/a.onnx", 1), estimates=[found[0], measured, found[2]])
+    text = one.to_markdown()
+    # 217e6 operations at 21.7e12 a second are 10 us, and a launch of 0.5 us
+    line = next(line for line in text.splitlines() if "RTX 3070 Ti" in line)
+    assert "| a.onnx |" in line
+    assert "| 0.011 |" in line  # 0.0105
+    assert "fp16 1.50 (tensorrt)" in line
+    assert "estimate, lower bound in ms" in text
+    assert "Estimates, not measurements" in text
+    content = json.loads(json.dumps(one.to_dict()))["estimates"]
+    assert {entry["kind"] for entry in content} == {"estimate"}
+    assert content[0]["layers"][0]["operators"] == "Conv"
+
+
+def test_markdown__changes() -> None:
+    whole = shift([10.0, 10.1, 9.9], [5.0, 5.1, 4.9])
+    changed = Change("runs/a.pt", "torch eager", whole, whole, 0.1, -0.25)
+    text = report(
+        row("runs/a.pt", 1),
+        against="old/benchmark.json",
+        changes=[changed, Change("b.pt", "torch eager", None, None, None, None)],
+    ).to_markdown()
+    assert "| a.pt | torch eager | 10.00 -> 5.00 | -50.0% [" in text
+    assert "| faster |" in text
+    assert "| -0.25 |" in text
+    assert "| b.pt | torch eager | - | - | - | new |" in text
+    assert "old/benchmark.json" in text
 
 
 def test_csv__one_column_a_number() -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from ultralytics.utils.torch_utils import get_flops
 
 from kd_yolo.bench.complexity import onnx_complexity
 from kd_yolo.bench.pool import WorkerProcess
-from kd_yolo.bench.runners import OnnxRunner, Runner, TorchRunner, onnx_session, open_runner, parse_device
+from kd_yolo.bench.runners import Choice, Runner, SessionRunner, open_runner, parse_choice
+from kd_yolo.bench.torch_runner import TorchRunner
 from kd_yolo.bench.worker import memory_mb, serve
 from kd_yolo.deploy import deploy
 from kd_yolo.errors import BackendMissingError, CheckpointError, ConfigError, ModelError
@@ -43,7 +43,7 @@ def test_runner__detects_what_stock_predict_detects(
     elif kind == "nms inside":
         path = export(tiny_checkpoint, out=tmp_path / "inside.onnx", nms=True).path
     assert path is not None
-    runner = open_runner(path, 64, 1, "cpu")
+    runner = open_runner(Choice(path), 64, 1, "cpu")
     images = textured_images(3, (90, 120), seed=9)
     stock = YOLO(path, task="detect").predict(images, imgsz=64, rect=False, conf=0.25, device="cpu", verbose=False)
     assert sum(len(result.boxes) for result in stock) > 10
@@ -54,20 +54,20 @@ def test_runner__detects_what_stock_predict_detects(
 
 
 def test_runner__torch_facts(tiny_checkpoint: Path) -> None:
-    runner = open_runner(tiny_checkpoint, None, 1, "cpu")
+    runner = open_runner(Choice(tiny_checkpoint), None, 1, "cpu")
     assert isinstance(runner, TorchRunner)
     plain = tiny_detector(form=None)
     plain.fuse(verbose=False)
     assert (runner.runtime, runner.precision, runner.canvas) == ("torch eager", "fp32", (64, 64))
     assert runner.params == sum(parameter.numel() for parameter in plain.parameters())
-    assert runner.gflops > 0
+    assert runner.gflops is not None
     assert runner.gflops == pytest.approx(get_flops(plain, 64))
     assert runner.peak_device_memory_mb() is None
 
 
 def test_runner__onnx_facts_agree_with_torch(graph: Path, tiny_checkpoint: Path) -> None:
-    runner, same = open_runner(graph, None, 1, "cpu"), open_runner(tiny_checkpoint, None, 1, "cpu")
-    assert isinstance(runner, OnnxRunner)
+    runner, same = open_runner(Choice(graph), None, 1, "cpu"), open_runner(Choice(tiny_checkpoint), None, 1, "cpu")
+    assert isinstance(runner, SessionRunner)
     assert runner.runtime == "onnxruntime CPUExecutionProvider"
     assert runner.canvas == (64, 64)
     assert runner.params == same.params
@@ -83,11 +83,11 @@ def test_complexity__of_a_free_canvas(tiny_checkpoint: Path, tmp_path: Path) -> 
 
 def test_runner__half_precision_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     path = export(tiny_checkpoint, out=tmp_path / "half.onnx", half=True).path
-    assert open_runner(path, 64, 1, "cpu").precision == "fp16"
+    assert open_runner(Choice(path), 64, 1, "cpu").precision == "fp16"
 
 
 def test_stages__stream_over_the_images(tiny_checkpoint: Path) -> None:
-    runner = open_runner(tiny_checkpoint, 64, 2, "cpu")
+    runner = open_runner(Choice(tiny_checkpoint), 64, 2, "cpu")
     images = textured_images(3, (64, 64))
     pre, infer, post = runner.stages(images, 2)
     seen = []
@@ -105,68 +105,100 @@ def test_stages__stream_over_the_images(tiny_checkpoint: Path) -> None:
 )
 def test_runner__fixed_shapes(graph: Path, imgsz: int, batch: int, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"small\.onnx: {message}"):
-        open_runner(graph, imgsz, batch, "cpu")
+        open_runner(Choice(graph), imgsz, batch, "cpu")
 
 
 def test_open_runner__not_an_artifact(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "a.onnx").write_text("x")
     (tmp_path / "a.pt").write_text("x")
-    with pytest.raises(ModelError, match=r"a\.txt: cannot be benchmarked \(known: \.pt, \.onnx\)"):
-        open_runner(tmp_path / "a.txt", 64, 1, "cpu")
-    with pytest.raises(ModelError, match=r"a\.onnx: ONNX Runtime cannot open it"):
-        open_runner(tmp_path / "a.onnx", 64, 1, "cpu")
+    with pytest.raises(ModelError, match=r"a\.txt: is not an exported model"):
+        open_runner(Choice(tmp_path / "a.txt"), 64, 1, "cpu")
+    with pytest.raises(ModelError, match=r"a\.onnx: truncated, or not an ONNX file"):
+        open_runner(Choice(tmp_path / "a.onnx"), 64, 1, "cpu")
     with pytest.raises(CheckpointError, match=r"a\.pt"):
-        open_runner(tmp_path / "a.pt", 64, 1, "cpu")
+        open_runner(Choice(tmp_path / "a.pt"), 64, 1, "cpu")
     with pytest.raises(ModelError, match=r"gone\.onnx: no such file"):
-        open_runner(tmp_path / "gone.onnx", 64, 1, "cpu")
+        open_runner(Choice(tmp_path / "gone.onnx"), 64, 1, "cpu")
 
 
-class FallenBack:
-    """A session that quietly runs elsewhere, as ONNX Runtime does when a provider's library is missing."""
+@pytest.mark.parametrize(
+    ("text", "runtime"),
+    [("small.onnx", None), ("small.onnx@cpu", "cpu"), ("a@b.pt", None), ("a@b.pt@compile-fp16", "compile-fp16")],
+)
+def test_parse_choice__a_file_and_its_runtime(tmp_path: Path, text: str, runtime: str | None) -> None:
+    for name in ("small.onnx", "a@b.pt"):
+        (tmp_path / name).write_text("x")
+    found = parse_choice(str(tmp_path / text))
+    assert found.runtime == runtime
+    assert found.path.is_file()
+    assert str(found) == str(tmp_path / text)
 
-    def __init__(self, *args: Any, **keys: Any) -> None:
-        self.args = args
 
-    def disable_fallback(self) -> None:
-        pass
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("a.pt@complie", ConfigError, "unknown runtime 'complie' .*; did you mean 'compile'"),
+        ("a.pt@", ConfigError, "unknown runtime ''"),
+        ("a.onnx@eager", ConfigError, r"unknown runtime 'eager' \(known for it: cpu, cuda, tensorrt, openvino\)"),
+        ("a.torchscript@cpu", ConfigError, "a file of its format runs in one way only"),
+        ("gone.pt@compile", ModelError, r"gone\.pt: no such file or folder"),
+        ("gone.pt", ModelError, r"gone\.pt: no such file or folder"),
+    ],
+)
+def test_parse_choice__wrong(tmp_path: Path, text: str, error: type[Exception], message: str) -> None:
+    for name in ("a.pt", "a.onnx", "a.torchscript"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(error, match=message):
+        parse_choice(str(tmp_path / text))
 
-    def get_providers(self) -> list[str]:
-        return ["CPUExecutionProvider"]
+
+@pytest.mark.parametrize("runtime", ["cudagraph", "eager-fp16", "compile-fp16", "cudagraph-fp16"])
+def test_open_runner__needs_a_gpu(tiny_checkpoint: Path, runtime: str) -> None:
+    with pytest.raises(ConfigError, match=f"@{runtime}: needs a CUDA GPU"):
+        open_runner(Choice(tiny_checkpoint, runtime), 64, 1, "cpu")
 
 
-def test_onnx_session__silent_fallback_is_an_error(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+def test_runner__a_runtime_that_fell_back_is_an_error(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FallenBack:
+        def __init__(self, *args: Any, **keys: Any) -> None:
+            self.args = args
+
+        def disable_fallback(self) -> None:
+            pass
+
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["OpenVINOExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", FallenBack)
-    with pytest.raises(BackendMissingError, match=r"CUDAExecutionProvider was asked for, .* fell back to CPUExecution"):
-        onnx_session(graph, torch.device("cuda", 0))
+    with pytest.raises(BackendMissingError, match=r"OpenVINOExecutionProvider was asked for, .* fell back to CPUExec"):
+        open_runner(Choice(graph, "openvino"), 64, 1, "cpu")
 
 
-def test_onnx_session__missing_provider(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(BackendMissingError, match=r"has no CUDAExecutionProvider .*onnxruntime-gpu"):
-        onnx_session(graph, torch.device("cuda", 0))
+def test_torch_runner__compiled_is_the_same_network(tiny_checkpoint: Path) -> None:
+    images = textured_images(2, (90, 120), seed=9)
+    eager = open_runner(Choice(tiny_checkpoint), 64, 1, "cpu")
+    compiled = open_runner(Choice(tiny_checkpoint, "compile"), 64, 1, "cpu")
+    assert (eager.runtime, compiled.runtime) == ("torch eager", "torch compiled")
+    for image in images:
+        for found, expected in zip(run(compiled, [image]), run(eager, [image]), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-4)
 
 
-def test_onnx_session__missing_runtime(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendMissingError, match=r"pip install 'kd-yolo\[onnx\]'"):
-        onnx_session(graph, torch.device("cpu"))
+def test_torch_runner__what_cannot_be_compiled_whole_is_an_error(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = open_runner(Choice(tiny_checkpoint, "compile"), 64, 1, "cpu")
+    assert isinstance(runner, TorchRunner)
 
+    def breaks(pixels: torch.Tensor) -> list[torch.Tensor]:
+        torch._dynamo.graph_break()
+        return [pixels * 2]
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:x", "-1", "tpu"])
-def test_parse_device__unknown(device: str) -> None:
-    with pytest.raises(ConfigError, match=f"device={device}: unknown"):
-        parse_device(device)
-
-
-def test_parse_device__none_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ConfigError, match="device=0: PyTorch sees 0 CUDA devices; use device=cpu"):
-        parse_device("0")
-    assert parse_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(runner, "model", breaks)
+    with pytest.raises(BackendMissingError, match=r"torch\.compile cannot compile it"):
+        runner.infer(torch.zeros(1, 3, 64, 64))
 
 
 def test_memory_mb__peak_is_not_the_parents() -> None:
@@ -182,6 +214,7 @@ def ask(*requests: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_serve__every_error_is_one_answer(tmp_path: Path) -> None:
     spec = {"imgsz": 64, "batch": 1, "device": "cpu", "threads": 1, "trust": False, "images": [], "synthetic": 2}
+    spec |= {"runtime": None, "cores": None}
     found = ask({"do": "open", "artifact": str(tmp_path / "gone.pt"), **spec}, {"do": "warm"})
     assert found[0]["kind"] == "ModelError"
     assert "gone.pt: no such file" in found[0]["error"]
@@ -189,7 +222,7 @@ def test_serve__every_error_is_one_answer(tmp_path: Path) -> None:
 
 
 def test_worker__a_dead_process_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
-    worker = WorkerProcess(tmp_path / "a.pt", 1)
+    worker = WorkerProcess(Choice(tmp_path / "a.pt"), 1)
     worker.process.kill()
     with pytest.raises(ModelError, match=r"a\.pt: its process ended with status -9 \(warm\)"):
         worker.ask("warm")
@@ -199,4 +232,4 @@ def test_worker__a_dead_process_is_an_error_and_not_a_hang(tmp_path: Path) -> No
 def test_runner__foreign_checkpoint_needs_trust(tmp_path: Path) -> None:
     path = save_checkpoint(tiny_detector(), tmp_path / "odd.pt", train_metrics=Path.joinpath)
     with pytest.raises(CheckpointError, match=r"odd\.pt: .*trust=true"):
-        open_runner(path, 64, 1, "cpu")
+        open_runner(Choice(path), 64, 1, "cpu")

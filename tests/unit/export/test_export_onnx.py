@@ -15,8 +15,8 @@ import onnxruntime
 import pytest
 import torch
 from detector_factory import save_checkpoint, tiny_dataset, tiny_detector
-from kd_yolo.export import FORMATS, export
-from kd_yolo.export.onnx_graph import open_session, sort_nodes
+from kd_yolo.export import export
+from kd_yolo.export.onnx_graph import sort_nodes
 from ultralytics import YOLO
 
 from kd_yolo import __version__
@@ -26,6 +26,7 @@ from kd_yolo.errors import BackendMissingError, CheckpointError, ConfigError, Da
 from kd_yolo.files import sha256
 from kd_yolo.images import textured_images, to_canvas
 from kd_yolo.inference import raw_outputs, split_raw, use_head
+from kd_yolo.runtimes import open_session
 
 # {blocks, stock} x {static, dynamic} x {batch 1, 3} x {64, 96x64}, every value with every other at least once
 GRID: list[tuple[str | None, bool, int, Any]] = [
@@ -56,16 +57,16 @@ def test_export__raw_outputs_equal_the_unfused_model(
 
     model, _ = load_model(source)
     use_head(model, nms=True)
-    run = open_session(report.path)
     cases = [(batch, (height, width))] + ([(batch + 1, (height + 32, width))] if dynamic else [])
     for count, canvas in cases:
+        run = open_session(report.path, canvas, count).infer
         pixels = to_canvas(textured_images(count, seed=11), canvas)
         apart = raw_outputs(model, pixels).difference(split_raw(run(pixels).transpose(1, 2), xyxy=False))
         assert apart.box < 5e-5 * max(canvas)
         assert apart.score < 1e-5
     graph = onnx.load(report.path)
     onnx.checker.check_model(graph, full_check=True)
-    assert report.opset == graph.opset_import[0].version
+    assert report.facts["opset"] == graph.opset_import[0].version
     shape = [dim.dim_param or dim.dim_value for dim in graph.graph.input[0].type.tensor_type.shape.dim]
     assert shape == (["batch", 3, "height", "width"] if dynamic else [batch, 3, height, width])
 
@@ -77,12 +78,19 @@ def test_export__metadata_round_trips(exported: Any, tiny_checkpoint: Path) -> N
     assert meta["stride"] == "32"
     assert ast.literal_eval(meta["imgsz"]) == [64, 64]
     own = json.loads(meta["kd_yolo"])
-    assert own == {"version": __version__, "source_sha256": sha256(tiny_checkpoint), "head": "nms", "recipe": None}
+    assert own == {
+        "version": __version__,
+        "source_sha256": sha256(tiny_checkpoint),
+        "recipe_sha256": None,
+        "precision": "fp32",
+        "head": "nms",
+        "created": exported.created,
+    }
 
 
 def test_export__parity_file_holds_everything(exported: Any) -> None:
     content = json.loads(exported.parity_path.read_text())
-    assert exported.parity_path.name == "small.parity.json"
+    assert exported.parity_path.name == "small.onnx.parity.json"
     assert content == json.loads(json.dumps(exported.to_dict()))
     assert content["sha256"] == sha256(exported.path)
     assert content["parity"]["images"] >= 32
@@ -95,11 +103,11 @@ def test_export__parity_file_holds_everything(exported: Any) -> None:
 
 def test_export__is_the_merged_graph(exported: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
     report = deploy(tiny_checkpoint, out=tmp_path / "deployed.pt")
-    assert exported.convolutions == report.convolutions
+    assert exported.facts["convolutions"] == report.convolutions
     again = export(report.path, out=tmp_path / "again.onnx")
-    assert again.convolutions == exported.convolutions
+    assert again.facts == exported.facts
     pixels = to_canvas(textured_images(1), (64, 64))
-    assert torch.equal(open_session(again.path)(pixels), open_session(exported.path)(pixels))
+    assert torch.equal(open_session(again.path).infer(pixels), open_session(exported.path).infer(pixels))
 
 
 @pytest.mark.parametrize("kind", ["outside", "inside", "free", "free from deployed"])
@@ -148,14 +156,14 @@ def change_one_weight(path: Path) -> None:
 def test_export__one_corrupted_weight_is_refused(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]
 ) -> None:
-    right = onnx_file._run_exporter
+    right = onnx_file.run_stock_exporter
 
-    def corrupt(*args: Any) -> Path:
-        path: Path = right(*args)
+    def corrupt(*args: Any, **keys: Any) -> Path:
+        path: Path = right(*args, **keys)
         change_one_weight(path)
         return path
 
-    monkeypatch.setattr(onnx_file, "_run_exporter", corrupt)
+    monkeypatch.setattr(onnx_file, "run_stock_exporter", corrupt)
     with pytest.raises(
         ExportError, match=r"small\.onnx: not written, the graph is not the model: .*differ by \d"
     ) as caught:
@@ -205,10 +213,10 @@ def test_export__full_disk(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: p
         ({"batch": True}, "batch=True"),
         ({"opset": 3}, "opset=3: must be between 11 and"),
         ({"opset": 999}, "opset=999"),
-        ({"out": "small.pt"}, "out=small.pt: an ONNX file ends in .onnx"),
+        ({"out": "small.pt"}, r"out=small\.pt: an onnx file ends in \.onnx"),
         ({"nms": True, "nms_free": True}, "choose one"),
-        ({"format": "onx"}, "format=onx: not available yet; did you mean 'onnx'"),
-        ({"format": "engine"}, "format=engine: not available yet .*available: onnx"),
+        ({"half": True, "quantize": 8}, "half=true is quantize=16, but quantize=8 was given"),
+        ({"simplfy": False}, "unknown key 'simplfy'; did you mean 'simplify'"),
     ],
 )
 def test_export__bad_arguments(tiny_checkpoint: Path, keys: dict[str, Any], message: str) -> None:
@@ -242,22 +250,11 @@ def test_export__missing_package_is_named(tiny_checkpoint: Path, monkeypatch: py
         export(tiny_checkpoint)
 
 
-def test_open_session__not_a_graph(tmp_path: Path) -> None:
-    path = tmp_path / "bad.onnx"
-    path.write_bytes(b"not a graph")
-    with pytest.raises(ExportError, match=r"bad\.onnx: ONNX Runtime cannot open it"):
-        open_session(path)
-
-
 def test_export__says_nothing_on_stdout(
     tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     export(tiny_checkpoint, out=tmp_path / "small.onnx", nms_free=True)
     assert capfd.readouterr().out == ""
-
-
-def test_formats__listed() -> None:
-    assert FORMATS == ("onnx",)
 
 
 def test_sort_nodes__orders_and_finds_cycles() -> None:

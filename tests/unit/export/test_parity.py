@@ -9,7 +9,7 @@ import pytest
 import torch
 from detector_factory import tiny_detector
 from kd_yolo.export.matching import GraphOutput
-from kd_yolo.export.parity import TOLERANCES, ParityReport, check_parity
+from kd_yolo.export.parity import TOLERANCES, ParityReport, Trial, check_parity
 from torch import Tensor
 from ultralytics.nn.tasks import DetectionModel
 
@@ -45,7 +45,9 @@ def gate(model: DetectionModel, images: ImageSet, output: GraphOutput = RAW, **k
     use_head(model, output.nms)
     deployed, _ = deployed_form(model, output.nms)
     change = keys.pop("change", lambda output: output)
-    return check_parity(model, session_of(deployed, change), output, images, keys.pop("plan", PLAN), **keys)
+    run = session_of(deployed, change)
+    trials = [Trial(run, canvas, batch) for canvas, batch in keys.pop("plan", PLAN)]
+    return check_parity(model, trials, output, images, **keys)
 
 
 @pytest.mark.parametrize("output", [RAW, FREE], ids=["raw", "nms-free"])

@@ -1,0 +1,106 @@
+"""What the scripts in ``benchmarks/`` compute; they themselves run for minutes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from test_bench_report import report, row
+
+from kd_yolo.bench.writing import public
+from kd_yolo.errors import ConfigError, KDYoloError
+
+FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Import a script as Python runs it: its own folder first on the path."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_fps__table(monkeypatch: pytest.MonkeyPatch) -> None:
+    fps = load("fps", monkeypatch)
+    rows = (
+        row("best.pt", 2, map50=0.771, map50_95=0.4),
+        row("best_int8.onnx", 1, precision="int8", runtime="onnxruntime"),
+    )
+    lines = fps.to_markdown(report(*rows), {"engine": "no GPU"}).splitlines()
+    # inference of a row: 10 and 12 ms times its scale, so p50 is 22 and 11
+    assert lines[2].startswith("| `best.pt` (fp32) | torch eager | 77.1 | 40.0 | 22.00 / ")
+    assert "| 1.00 |" in lines[2]
+    assert "| `best_int8.onnx` (int8) | onnxruntime | - | - | 11.00 / " in lines[3]
+    assert "| 2.00 |" in lines[3]
+    assert lines[-1] == "Not made here: engine (no GPU)."
+
+
+def test_fps__block_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    fps = load("fps", monkeypatch)
+    page = "before\n<!-- fps -->\nold\n<!-- /fps -->\nafter\n"
+    once = fps.replace_block(page, "new")
+    assert once == "before\n<!-- fps -->\nnew\n<!-- /fps -->\nafter\n"
+    assert fps.replace_block(once, "new") == once
+    for wrong in ("no marks", "<!-- fps -->", "<!-- /fps --> <!-- fps -->", page + page):
+        with pytest.raises(ConfigError, match=r"README\.md: needs <!-- fps --> and"):
+            fps.replace_block(wrong, "new")
+
+
+def test_model_latency__ratios_are_paired_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load("model_latency", monkeypatch)
+    # the machine slowed down in round two: times double for both, the ratio stays
+    medians = {"yolo26n-224.onnx": [10.0, 20.0, 10.0], "lightnet-n-224.onnx": [5.0, 10.0, 6.0]}
+    rows = [replace(row(name, 1), rounds_ms={"inference": values, "whole": values}) for name, values in medians.items()]
+    text = script.ratios([("onnx", report(*rows))])
+    assert "| yolo26n | 1.00 (1.00-1.00) |  |" in text
+    assert "| lightnet-n | 0.50 (0.50-0.60) | <= 0.67 |" in text
+    assert "| model | onnx 224 | wanted |" in text
+
+
+def test_gpu_latency__says_in_one_line_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    script = load("gpu_latency", monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_latency.py"])
+    with pytest.raises(KDYoloError, match="needs a CUDA GPU") as caught:
+        script.main()
+    assert "\n" not in str(caught.value)
+
+
+def test_gpu_latency__short_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = load("gpu_latency", monkeypatch)
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "gpu_latency.py"))
+    found = replace(report(row("lightnet-n-640.pt", 1)), batch=32, device="0")
+    found.environment["gpu"] = "A GPU"
+    script.write([("torch", found)], {"tensorrt": "not installed"})
+    text = (tmp_path / "gpu_latency.md").read_text()
+    # 32 images in 11 ms
+    assert "| lightnet-n | 11.00 / 11.98, 2909 a second |" in text
+    assert "| model | torch, batch 32 |" in text
+    assert "Left out: tensorrt (not installed)." in text
+    assert json.loads((tmp_path / "gpu_latency.json").read_text())["gpu"] == "A GPU"
+
+
+def test_prepost__rows_are_the_predictors(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load("prepost", monkeypatch)
+    found = script.measure(224, (200, 200), {"objects": 5, "anchors": 4, "blocks": 2})
+    assert found["both_ms"] == found["pre_ms"] + found["post_ms"] > 0
+    boxes = script.postprocess(script.made_up(224, 5, 4), [(200, 200)], (224, 224), nms=True)[0]
+    assert 5 <= len(boxes) <= 20
+
+
+def test_public__names_and_no_folders() -> None:
+    found = public(report(row("/somewhere/private/best.pt", 1), data="/somewhere/private/neu.yaml", files=["/x/y"]))
+    assert "private" not in json.dumps(found.to_dict())
+    assert (found.rows[0].artifact, found.data) == ("best.pt", "neu.yaml")
