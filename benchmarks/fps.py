@@ -24,6 +24,7 @@ from kd_yolo.export import export
 
 from kd_yolo.bench import BenchReport, benchmark
 from kd_yolo.bench.report import BenchRow
+from kd_yolo.bench.tables import estimates_notes, estimates_table
 from kd_yolo.bench.writing import public
 from kd_yolo.config import parse_pairs, refuse_unknown
 from kd_yolo.data.datasets import resolve_dataset
@@ -139,6 +140,8 @@ def to_markdown(report: BenchReport, skipped: Mapping[str, str]) -> str:
     header = ["file", "runs in", "mAP50", "mAP50-95", "inference ms p50 / p90 / p99", "x", "whole ms", "FPS", "MB"]
     lines = [markdown_table(header, [cells(row, first) for row in report.rows]), "", *report.conditions()]
     lines.append(f"x: median inference time of {report.rows[0].artifact} by that of the row.")
+    if report.estimates:
+        lines += ["", estimates_table(report.estimates), "", *estimates_notes(report.estimates)]
     lines += [f"Not made here: {name} ({reason})." for name, reason in skipped.items()]
     return "\n".join(lines)
 

@@ -22,8 +22,8 @@ EXTRAS = {
     "onnx": (("onnx", "onnxruntime", "onnxslim"), "ONNX export and timing"),
     "openvino": (("openvino", "nncf"), "OpenVINO export, INT8"),
     "ncnn": (("ncnn", "pnnx"), "ncnn export"),
-    "tensorrt": (("tensorrt",), "TensorRT engines of this machine's GPU; wheels come from NVIDIA's own index"),
-    "rtx": (("tensorrt-rtx-cu13",), "engines for RTX cards, built without a GPU"),
+    "tensorrt": (("tensorrt",), "TensorRT engines, built on the GPU that runs them; wheels come from NVIDIA's own index"),
+    "rtx": (("tensorrt-rtx-cu13",), "engines for RTX cards, built without a GPU; running one needs the card"),
     "anomaly": (("efficientnet-lite-pytorch", "scipy"), "anomaly detection"),
     "ray": (("ray",), "comparisons on many machines"),
 }

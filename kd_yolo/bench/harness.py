@@ -8,20 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_yolo.bench.affinity import choose_cores, physical_cores, usable_cores
+from kd_yolo.bench.affinity import usable_cores
 from kd_yolo.bench.against import OldReport, changes, check_same, load_old
-from kd_yolo.bench.measure import Plan, estimates, measure, one_canvas, open_all
+from kd_yolo.bench.measure import estimates, measure, one_canvas, open_all
 from kd_yolo.bench.pool import worker_pool
 from kd_yolo.bench.report import BenchReport
+from kd_yolo.bench.settings import Plan, make_plan, make_settings
 from kd_yolo.bench.writing import save
 from kd_yolo.errors import ConfigError
 from kd_yolo.files import check_writable
 from kd_yolo.targets import Target, load_target
 
 IMAGES = 32
-ROUNDS = 10
-ITERATIONS = 20
-STREAM = 200
 
 
 def benchmark(
@@ -30,16 +28,9 @@ def benchmark(
     batch: int = 1,
     data: str | Path | None = None,
     split: str = "val",
-    rounds: int = ROUNDS,
-    iterations: int = ITERATIONS,
-    stream: int = STREAM,
-    threads: int | None = None,
-    affinity: bool | Sequence[int] | None = None,
-    device: str = "cpu",
-    targets: Sequence[str | Path] = (),
-    against: str | Path | None = None,
     out: str | Path | None = None,
     trust: bool = False,
+    **settings: Any,
 ) -> BenchReport:
     """Time, weigh and judge artifacts under the same conditions.
 
@@ -53,16 +44,10 @@ def benchmark(
         batch: Images per call.
         data: Data set: its images are shown, and mAP is reported. Without it, synthetic images and no mAP.
         split: Split of ``data`` for images and mAP.
-        rounds: Interleaved rounds.
-        iterations: Timed calls per artifact and round.
-        stream: Images of the continuous stream that gives frames per second.
-        threads: CPU threads of every runtime; default the usable physical cores.
-        affinity: Cores to bind every process to; default as many as threads, False for none.
-        device: ``cpu``, ``cuda`` or a CUDA number.
-        targets: Processors to estimate a lower bound for, by name or YAML file.
-        against: ``benchmark.json`` of an earlier run to report the change of every row against.
         out: Folder for ``benchmark.json``, ``.csv``, ``.md`` and ``.png``.
         trust: Load foreign classes from checkpoints, which runs code in them.
+        **settings: Fields of ``kd_yolo.bench.settings.Settings``: ``rounds``, ``iterations``, ``stream``, ``threads``,
+            ``affinity``, ``device``, ``targets`` and ``against``.
 
     Raises:
         ConfigError: An argument is not acceptable, canvases differ, or ``against`` was measured otherwise.
@@ -72,22 +57,17 @@ def benchmark(
     """
     from kd_yolo.bench.runners import parse_choice
 
-    texts = [models] if isinstance(models, (str, Path)) else list(models)
-    if not texts:
+    chosen = make_settings(settings)
+    plan = make_plan(chosen, batch, data, split)
+    choices = [parse_choice(text) for text in ([models] if isinstance(models, (str, Path)) else models)]
+    if not choices:
         raise ConfigError("model: give at least one checkpoint or exported file")
-    threads = len(physical_cores()) if threads is None else threads
-    _check_counts(batch=batch, rounds=rounds, iterations=iterations, stream=stream, threads=threads)
-    choices = [parse_choice(text) for text in texts]
-    processors = [load_target(target) for target in targets]
-    old = None if against is None else load_old(Path(against))
+    targets = [load_target(target) for target in chosen.targets]
+    earlier = None if chosen.against is None else (load_old(Path(chosen.against)), Path(chosen.against))
     if out is not None:
         check_writable(Path(out))
-    cores = choose_cores(threads, affinity)
-    name = None if data is None else str(data)
-    plan = Plan(batch, rounds, iterations, stream, threads, cores, str(device), name, split)
     loading = {"imgsz": imgsz if imgsz is None or isinstance(imgsz, int) else list(imgsz), "trust": trust}
-    earlier = None if old is None or against is None else (old, Path(against))
-    report = _run(choices, plan, loading, processors, earlier)
+    report = _run(choices, plan, loading, targets, earlier)
     return report if out is None else save(report, Path(out))
 
 
@@ -136,12 +116,6 @@ def _run(
         against=None if earlier is None else str(earlier[1]),
         changes=[] if earlier is None else changes(earlier[0], rows, plan.data, plan.split),
     )
-
-
-def _check_counts(**counts: Any) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}={value}: must be a whole number of at least 1")
 
 
 def _check_classes(choices: Sequence[Any], opened: Sequence[dict[str, Any]], data: str) -> None:

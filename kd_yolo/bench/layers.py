@@ -21,8 +21,9 @@ Softplus Silu Swish Gelu Mish Erf BatchNormalization Where
 """
 FREE_NAMES = """
 Reshape Flatten Squeeze Unsqueeze Transpose Identity Split Slice Concat Expand Cast Dropout Constant Shape
-ConstantOfShape QuantizeLinear DequantizeLinear
+ConstantOfShape
 """
+QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 POINTWISE, FREE = frozenset(POINTWISE_NAMES.split()), frozenset(FREE_NAMES.split())
 
 
@@ -70,12 +71,13 @@ class Op:
     quantized: bool = False
 
 
-def fuse(ops: Sequence[Op], results: Iterable[Any]) -> list[Layer]:
+def fuse(ops: Sequence[Op], results: Iterable[Any], quantization: bool = False) -> list[Layer]:
     """Gather operators into layers.
 
     Args:
         ops: In the order of computation.
         results: The network's outputs, which must be written even when something else also takes them.
+        quantization: Whether the graph is a quantized one, so that the rest of it stays in float on purpose.
     """
     groups: list[list[Op]] = []
     made_by: dict[Any, tuple[int, int]] = {}  # value -> (index of the operator, index of its group)
@@ -93,7 +95,6 @@ def fuse(ops: Sequence[Op], results: Iterable[Any]) -> list[Layer]:
         for op in group:
             for value in op.reads:
                 readers.setdefault(value, set()).add(number)
-    quantization = any(op.kind == "QuantizeLinear" for op in ops)
     return [
         _layer(number, group, readers, quantization) for number, group in enumerate(groups) if group[0].kind not in FREE
     ]
@@ -108,7 +109,7 @@ def onnx_layers(path: Path, canvas: tuple[int, int], batch: int = 1) -> list[Lay
         batch: Images per call, for graphs that leave it free.
     """
     graph = load_graph(path, canvas, batch)
-    return fuse(graph.ops, graph.results)
+    return fuse(graph.ops, graph.results, graph.quantization)
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class OnnxGraph:
         results: Names of the outputs.
         shapes: By name, of values and constants; empty where unknown.
         constants: Names of what does not depend on the input.
+        quantization: Whether it quantizes anything; the pairs that do so are left out of ``ops``, as engines do.
         nodes: The ONNX nodes of ``ops``.
     """
 
@@ -127,6 +129,7 @@ class OnnxGraph:
     results: list[str]
     shapes: Mapping[str, tuple[int, ...]]
     constants: set[str]
+    quantization: bool = False
     nodes: list[Any] = field(default_factory=list)
 
 
@@ -149,18 +152,19 @@ def load_graph(path: Path, canvas: tuple[int, int], batch: int = 1) -> OnnxGraph
     constants = set(initializers)
     ops: list[Op] = []
     nodes: list[Any] = []
-    eight_bit: set[str] = set()
+    origin: dict[str, str] = {}  # what a quantized value stands for
     for node in graph.node:
         if all(name in constants or not name for name in node.input):
             constants.update(node.output)
             if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
                 shapes[node.output[0]] = tuple(node.attribute[0].t.dims)
-        else:
+        elif node.op_type not in QUANTIZERS:
             nodes.append(node)
-            ops.append(_onnx_op(node, shapes, constants, eight_bit))
-        if node.op_type == "DequantizeLinear":
-            eight_bit.update(node.output)
-    return OnnxGraph(ops, [output.name for output in graph.output], shapes, constants, nodes)
+            ops.append(_onnx_op(node, shapes, constants, origin))
+        if node.op_type in QUANTIZERS:
+            origin[node.output[0]] = origin.get(node.input[0], node.input[0])
+    results = [origin.get(output.name, output.name) for output in graph.output]
+    return OnnxGraph(ops, results, shapes, constants, bool(origin), nodes)
 
 
 def multiply_adds(node: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -179,17 +183,19 @@ def multiply_adds(node: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
     return math.prod(out) * inner
 
 
-def _onnx_op(node: Any, shapes: Mapping[str, tuple[int, ...]], constants: set[str], eight_bit: set[str]) -> Op:
-    stored = [name for name in node.input if name in constants]
-    reads = {name: math.prod(shapes.get(name, (0,))) for name in node.input if name and name not in constants}
+def _onnx_op(node: Any, shapes: Mapping[str, tuple[int, ...]], constants: set[str], origin: Mapping[str, str]) -> Op:
+    def size(name: str) -> int:
+        return math.prod(shapes.get(name, (0,)))
+
+    taken = [origin.get(name, name) for name in node.input if name and name not in constants]
     return Op(
         name=node.name or node.output[0],
         kind=node.op_type,
-        reads=reads,
-        writes={name: math.prod(shapes.get(name, (0,))) for name in node.output if name},
-        weights=sum(math.prod(shapes.get(name, (0,))) for name in stored),
+        reads={name: size(name) for name in taken},
+        writes={name: size(name) for name in node.output if name},
+        weights=sum(size(name) for name in node.input if name in constants),
         flops=2 * multiply_adds(node, shapes),
-        quantized=len(node.input) > 1 and {node.input[0], node.input[1]} <= eight_bit,
+        quantized=len(node.input) > 1 and set(node.input[:2]) <= origin.keys(),
     )
 
 

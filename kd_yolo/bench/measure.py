@@ -4,43 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from kd_yolo.bench.layers import Layer
 from kd_yolo.bench.pool import WorkerProcess
 from kd_yolo.bench.report import BenchRow
 from kd_yolo.bench.roofline import PRECISIONS, Estimate, estimate, is_device
+from kd_yolo.bench.settings import Plan
 from kd_yolo.bench.timing import WHOLE, round_medians, spread, summarize_stages
 from kd_yolo.errors import ConfigError
 from kd_yolo.targets import Target
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Checked arguments of one benchmark.
-
-    Attributes:
-        batch: Images per call.
-        rounds: Interleaved rounds.
-        iterations: Timed calls per artifact and round.
-        stream: Images of the stream.
-        threads: CPU threads of every runtime.
-        cores: Cores that every process is bound to, or None.
-        device: ``cpu``, ``cuda`` or a CUDA number.
-        data: Data set as given, or None.
-        split: Its split.
-    """
-
-    batch: int
-    rounds: int
-    iterations: int
-    stream: int
-    threads: int
-    cores: list[int] | None
-    device: str
-    data: str | None
-    split: str
 
 
 def open_all(workers: Sequence[WorkerProcess], spec: dict[str, Any]) -> list[dict[str, Any]]:

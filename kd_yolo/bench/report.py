@@ -136,6 +136,8 @@ class BenchReport:
         header = ["artifact", "runtime", "head", *(("mAP50", "mAP50-95") if judged else ())]
         header += ["MB", "M params", "GFLOPs", "pre ms", "infer ms", "post ms", "whole ms", "FPS", "peak MB", "mJ"]
         lines = [markdown_table(header, [self._cells(row, judged) for row in self.rows]), "", *self.conditions()]
+        energy = sorted({row.energy_note for row in self.rows})
+        lines.append(f"mJ: energy an image of the stream ({'; '.join(energy)}).")
         if self.changes:
             lines += ["", changes_table(self.changes), "", *changes_notes(str(self.against))]
         if self.estimates:
@@ -159,8 +161,6 @@ class BenchReport:
         ]
         if self.data:
             lines.append(f"mAP on the {self.split} split of {self.data}, the same canvas, no rectangular batches.")
-        energy = sorted({row.energy_note for row in self.rows})
-        lines.append(f"mJ: energy an image of the stream ({'; '.join(energy)}).")
         drifting = [row.artifact for row in self.rows if not row.warmup_stable]
         if drifting:
             lines.append(f"Still drifting after the warm-up: {', '.join(drifting)}.")

@@ -165,7 +165,8 @@ def environment(device: str) -> dict[str, Any]:
 
     found = {**versions(), "opencv": cv2.__version__}
     loaded = [name for name in RUNTIME_PACKAGES if name in sys.modules]
-    found |= {name: str(sys.modules[name].__version__) for name in loaded if hasattr(sys.modules[name], "__version__")}
+    for name in loaded:
+        found[name] = str(getattr(sys.modules[name], "__version__", "?")).split("-")[0]  # OpenVINO adds its commit
     chosen = parse_device(device)
     affinity = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else None
     return {

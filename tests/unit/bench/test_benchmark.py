@@ -160,6 +160,7 @@ def test_benchmark__other_classes_are_not_judged(tiny_checkpoint: Path, tmp_path
         ({"iterations": True}, "iterations=True"),
         ({"threads": -1}, "threads=-1"),
         ({"stream": 0}, "stream=0"),
+        ({"itertions": 3}, "benchmark: unknown key 'itertions'; did you mean 'iterations'"),
         ({"affinity": [4096]}, r"affinity=\[4096\]: this process may use the cores"),
         ({"targets": ["rtx3070"]}, "did you mean 'rtx3070ti'"),
         ({"against": "gone.json"}, "against=gone.json: cannot be read"),

@@ -146,6 +146,25 @@ def test_onnx_layers__quantized_and_kept_in_float(tmp_path: Path) -> None:
     assert [bound(layer, UNIT, "fp16").precision for layer in found] == ["fp16", "fp16"]
 
 
+def test_onnx_layers__quantizers_between_convolution_and_activation(tmp_path: Path) -> None:
+    """What a quantized graph computes and moves is what the same graph in float does."""
+    pairs = [
+        helper.make_node("QuantizeLinear", ["c", "scale"], ["q"], "q"),
+        helper.make_node("DequantizeLinear", ["q", "scale"], ["d"], "dq"),
+    ]
+    convolution = helper.make_node("Conv", ["x", "w"], ["c"], "conv")
+    weights = {"w": [4, 4, 1, 1], "scale": []}
+    found = []
+    for name, between, value in (("float", [], "c"), ("quantized", pairs, "d")):
+        gate = [
+            helper.make_node("Sigmoid", [value], ["s"], "gate"),
+            helper.make_node("Mul", [value, "s"], ["y"], "silu"),
+        ]
+        path = save_graph(tmp_path / f"{name}.onnx", [convolution, *between, *gate], weights, [1, 4, 8, 8])
+        found.append([(layer.operators, layer.activations) for layer in onnx_layers(path, (8, 8))])
+    assert found[0] == found[1] == [("Conv+Sigmoid+Mul", 2 * 4 * 64)]
+
+
 def test_torch_layers__agree_with_the_exported_graph(tiny_checkpoint: Path, tmp_path: Path) -> None:
     model = deployed_form(tiny_detector())[0].fuse(verbose=False).eval()
     mine = torch_layers(model, (64, 64), 1, 3)

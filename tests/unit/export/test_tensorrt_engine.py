@@ -236,9 +236,6 @@ def test_build_engine__header_is_ultralytics(graphs: dict[str, Path], tmp_path: 
     assert said.own["source_sha256"] == source.own["source_sha256"]
 
 
-# -- TensorRT 10 and 11, as far as that goes without a GPU
-
-
 def test_build_engine__without_a_gpu_says_both_ways(
     graphs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
