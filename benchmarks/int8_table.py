@@ -125,8 +125,15 @@ class Study:
     def search(self, runtime: str, ranking: Sequence[str], build: Callable[[tuple[str, ...]], Path]) -> None:
         """Add the artifact with the head alone in float, and the one that holds the bound."""
         self.add(build(()), runtime, "head in float", len(ranking), ", ".join(ranking[:3]))
+        known = {self.paths[-1]: self.rows[-1].val / 100}
         wanted = next(row.val for row in self.rows if row.runtime == runtime) / 100
-        found = search_float_layers(ranking, build, self.judge, wanted, MAX_DROP)
+
+        def judge_once(path: Path) -> float:
+            if path not in known:
+                known[path] = self.judge(path)
+            return known[path]
+
+        found = search_float_layers(ranking, build, judge_once, wanted, MAX_DROP)
         self.add(found.path, runtime, "mixed", len(ranking) - len(found.layers), ", ".join(ranking[:3]))
 
 
@@ -179,10 +186,12 @@ def main() -> None:
     """Quantize, judge and time; write ``<out>.json`` and ``<out>.md``."""
     values: dict[str, Any] = {
         "imgsz": 224,
+        "runtimes": "onnx,openvino",
         "images": CALIBRATION_IMAGES,
         "out": str(Path(__file__).with_suffix("")),
         **parse_pairs(sys.argv[1:]),
     }
+    runtimes = str(values["runtimes"]).split(",")
     models, side = str(values["models"]).split(","), int(values["imgsz"])
     calibration = calibration_files(str(values["data"]), int(values["images"]))
     rows: list[Row] = []
@@ -191,9 +200,11 @@ def main() -> None:
         name = path.parents[1].name if path.parent.name == "weights" else path.stem
         with tempfile.TemporaryDirectory() as folder:
             study = Study(name, str(values["data"]), side, calibration, Path(folder))
-            study.run_onnx(export(path, format="onnx", imgsz=side, out=Path(folder) / "float.onnx").path)
-            openvino = export(path, format="openvino", imgsz=side, out=Path(folder) / "float_openvino_model")
-            study.run_openvino(openvino.path)
+            if "onnx" in runtimes:
+                study.run_onnx(export(path, format="onnx", imgsz=side, out=Path(folder) / "float.onnx").path)
+            if "openvino" in runtimes:
+                out = Path(folder) / "float_openvino_model"
+                study.run_openvino(export(path, format="openvino", imgsz=side, out=out).path)
             measure(study.rows, study.paths, spread(list(calibration), 1)[0])
             rows += study.rows
         save(Path(str(values["out"])), rows, calibration, side)

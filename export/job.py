@@ -207,8 +207,8 @@ def _refuse_unused(format: Format, given: Sequence[str]) -> None:
 
 
 def _check_int8(format: Format, precision: str, data: Any, max_drop: float, calibration_images: int | None) -> None:
-    if isinstance(max_drop, bool) or not isinstance(max_drop, int | float) or not 0 < max_drop <= 100:
-        raise ConfigError(f"max_drop={max_drop}: must be points of mAP50-95 above 0 and at most 100")
+    if isinstance(max_drop, bool) or not isinstance(max_drop, int | float) or not 0 <= max_drop <= 100:
+        raise ConfigError(f"max_drop={max_drop}: must be points of mAP50-95 from 0 to 100")
     count = calibration_images
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
         raise ConfigError(f"calibration_images={count}: must be a whole number of at least 1")

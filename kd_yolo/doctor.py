@@ -22,7 +22,7 @@ EXTRAS = {
     "onnx": (("onnx", "onnxruntime", "onnxslim"), "ONNX export and timing"),
     "openvino": (("openvino", "nncf"), "OpenVINO export, INT8"),
     "ncnn": (("ncnn", "pnnx"), "ncnn export"),
-    "tensorrt": (("tensorrt",), "TensorRT engines, built on the GPU that runs them; wheels come from NVIDIA's own index"),
+    "tensorrt": (("tensorrt",), "TensorRT engines, built on their own GPU; wheels from NVIDIA's index"),
     "rtx": (("tensorrt-rtx-cu13",), "engines for RTX cards, built without a GPU; running one needs the card"),
     "anomaly": (("efficientnet-lite-pytorch", "scipy"), "anomaly detection"),
     "ray": (("ray",), "comparisons on many machines"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torchvision  # type: ignore[import-untyped]  # noqa: F401  Ultralytics' NMS uses its kernel where it is loaded
+import torchvision  # noqa: F401  Ultralytics' NMS uses its kernel where it is loaded
 from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.nms import non_max_suppression

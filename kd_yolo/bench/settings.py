@@ -88,5 +88,5 @@ def make_plan(settings: Settings, batch: int, data: str | Path | None, split: st
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}={value}: must be a whole number of at least 1")
     cores = choose_cores(threads, settings.affinity)
-    name = None if data is None else str(data)
-    return Plan(batch, threads=threads, cores=cores, device=str(settings.device), data=name, split=split, **counts)
+    shown = None if data is None else str(data)
+    return Plan(batch, threads=threads, cores=cores, device=str(settings.device), data=shown, split=split, **counts)

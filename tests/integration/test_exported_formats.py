@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from ultralytics.utils.metrics import box_iou
 
 from kd_yolo import KDYOLO, commands
 from kd_yolo.checkpoints import load_model, serialize
-from kd_yolo.cli import main
-from kd_yolo.errors import BackendMissingError, CheckpointError, ConfigError, DataError, ModelError
 from kd_yolo.images import read_image, to_canvas
 from kd_yolo.inference import deployed_form, head_of, raw_outputs
 from kd_yolo.runtimes.ultralytics_backend import ExportedDetector
@@ -243,85 +240,6 @@ def test_one_model__for_many_calls(exported: Export, images: list[str], judged: 
     assert [session.canvas for session in sessions[4:6]] == [(64, 64), (96, 96)]
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"imgsz": 96}, r"best\.onnx: its canvas is fixed at 64x64; use imgsz=64"),
-        ({"imgsz": 50}, "multiple of the stride 32"),
-        ({"device": "7"}, "device=7: PyTorch sees"),
-        ({"device": [0, 1]}, "runs on one device"),
-        ({"rect": True}, "rect=true: .* fixed canvas; export it with dynamic=true"),
-        ({"nms": False}, r"nms=False: .* has the head 'nms' for good"),
-        ({"dnn": True}, r"dnn=True: only a \.pt checkpoint"),
-        ({"augment": True}, r"augment=True: only a \.pt checkpoint"),
-    ],
-)
-def test_predict_and_val__what_the_file_cannot_do(
-    keys: dict[str, Any], message: str, exported: Export, images: list[str], judged: Path
-) -> None:
-    model = KDYOLO(exported("onnx"))
-    calls: list[Callable[[], Any]] = [
-        lambda: model.predict(images, **{**QUIET, **keys}),
-        lambda: model.val(data=judged, **{**QUIET, **keys}),
-    ]
-    for call in calls:
-        with pytest.raises(ConfigError, match=message) as caught:
-            call()
-        assert "\n" not in str(caught.value)
-
-
-def test_nms_free__cannot_be_given_nms(exported: Export, images: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"nms=True: .* has the head 'nms-free' for good"):
-        KDYOLO(exported("onnx", free=True)).predict(images, nms=True, **QUIET)
-
-
-def test_val__data_of_other_classes(
-    exported: Export, checkpoints: dict[bool, Path], judged: Path, tmp_path: Path
-) -> None:
-    content = yaml.safe_load(judged.read_text())
-    content["names"] = dict(enumerate(reversed(content["names"].values())))
-    other = tmp_path / "other.yaml"
-    other.write_text(yaml.safe_dump(content))
-    for path in (exported("onnx"), checkpoints[True]):
-        with pytest.raises(DataError, match=rf"{path.name}: its 6 classes .* are not the 6 of "):
-            KDYOLO(path).val(data=other, **QUIET)
-    with pytest.raises(ConfigError, match="knows no data set; give data="):
-        KDYOLO(exported("onnx")).val(**QUIET)
-
-
-@pytest.mark.parametrize("call", ["train", "deploy", "export", "fuse", "info", "save", "reset_weights"])
-def test_exported__is_no_checkpoint(call: str, exported: Export) -> None:
-    model = KDYOLO(exported("onnx"))
-    with pytest.raises(ModelError, match=r"is an exported file, .* give the \.pt checkpoint"):
-        getattr(model, call)(**({"data": "steel-synth"} if call == "train" else {}))
-
-
-def test_kdyolo__files_that_are_none(exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("gone.onnx", "gone_openvino_model", "gone_ncnn_model", "gone.engine", "gone.mnn"):
-        with pytest.raises(CheckpointError, match=f"{name}: no such file or folder"):
-            KDYOLO(name)
-    Path("empty.onnx").touch()
-    with pytest.raises(ModelError, match=r"empty\.onnx is empty"):
-        KDYOLO("empty.onnx")
-    Path("notes.txt").write_text("x")
-    with pytest.raises(ModelError, match=r"notes\.txt: is not an exported model"):
-        KDYOLO("notes.txt")
-    cut = Path("cut.onnx")
-    cut.write_bytes(exported("onnx").read_bytes()[:5000])
-    with pytest.raises(ModelError, match=r"cut\.onnx: truncated"):
-        KDYOLO(cut)
-    Path("lightnet-n").mkdir()  # a run's folder, not the model
-    assert KDYOLO("lightnet-n").task == "detect"
-
-
-def test_predict__missing_package(exported: Export, images: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = KDYOLO(exported("onnx"))
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendMissingError, match=r"pip install 'kd-yolo\[onnx\]'"):
-        model.predict(images, **QUIET)
-
-
 @pytest.mark.parametrize("format", FORMATS)
 def test_commands__predict_and_val(
     format: str, exported: Export, checkpoints: dict[bool, Path], images: list[str], judged: Path, tmp_path: Path
@@ -337,12 +255,3 @@ def test_commands__predict_and_val(
     assert [len(one["detections"]) for one in our_boxes] == [len(one["detections"]) for one in boxes]
     for key in ("metrics/mAP50(B)", "metrics/mAP50-95(B)"):
         assert our_metrics[key] == pytest.approx(metrics[key], abs=1e-3)
-
-
-def test_cli__one_line(exported: Export, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    path = tmp_path / "cut.onnx"
-    path.write_bytes(exported("onnx").read_bytes()[:5000])
-    assert main(["predict", f"model={path}", f"source={tmp_path}"]) == 2
-    printed = capsys.readouterr()
-    assert [line for line in printed.err.splitlines() if "cut.onnx" in line]
-    assert "Traceback" not in printed.err

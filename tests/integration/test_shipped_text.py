@@ -34,7 +34,9 @@ DATA_SCHEMAS: dict[str, type[BaseModel]] = {
 @pytest.mark.parametrize("path", YAMLS, ids=[f"{path.parent.name}/{path.stem}" for path in YAMLS])
 def test_yaml__every_shipped_file_is_valid(path: Path) -> None:
     assert find(path.parent.name, path.stem) == path
-    {"models": check_model, "methods": check_method, "datasets": check_dataset}[path.parent.name](path)
+    {"models": check_model, "methods": check_method, "datasets": check_dataset, "targets": check_target}[
+        path.parent.name
+    ](path)
 
 
 def check_model(path: Path) -> None:
@@ -66,6 +68,12 @@ def check_method(path: Path) -> None:
     # A file that leaves a value out would change silently with the code's defaults; one that differs would lie.
     assert set(method.args) == set(load_method(method.name).Args.model_fields)
     assert parse_args(method.name, method.args) == parse_args(method.name, {})
+
+
+def check_target(path: Path) -> None:
+    from kd_yolo.targets import load_target
+
+    assert load_target(path).name == path.stem
 
 
 def check_dataset(path: Path) -> None:

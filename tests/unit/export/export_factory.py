@@ -33,10 +33,14 @@ def source() -> Path:
     return Path(save_checkpoint(tiny_detector(), Path(FOLDER.name) / "best.pt"))
 
 
-@cache
 def exported(format: str, quantize: int | None = None) -> ExportReport:
     """Return the report of its export, made once."""
     need(format)
+    return _exported(format, quantize)
+
+
+@cache
+def _exported(format: str, quantize: int | None) -> ExportReport:
     return export(source(), format, quantize=quantize)
 
 
@@ -45,7 +49,8 @@ def corrupt_onnx(path: Path, amount: float) -> None:
     import onnx
 
     graph = onnx.load(path)
-    kernel = next(item for item in graph.graph.initializer if len(item.dims) == 4)
+    kernels = [item for item in graph.graph.initializer if len(item.dims) == 4]
+    kernel = next((item for item in kernels if item.data_type == onnx.TensorProto.INT8), kernels[0])
     values = onnx.numpy_helper.to_array(kernel).copy()
     if values.dtype == np.int8:
         values.flat[0] ^= -128

@@ -39,7 +39,7 @@ from kd_yolo.errors import BackendMissingError, ConfigError
         ({"int8": True, "quantize": 16}, "int8=true is quantize=8, but quantize=16 was given"),
         ({"max_drop": 1.0}, "max_drop=: means something to quantize=8 only"),
         ({"calibration_images": 64}, "calibration_images=: means something to quantize=8 only"),
-        ({"quantize": 8, "data": "x.yaml", "max_drop": 0}, "max_drop=0: must be points"),
+        ({"quantize": 8, "data": "x.yaml", "max_drop": -1}, "max_drop=-1: must be points"),
         ({"quantize": 8, "data": "x.yaml", "max_drop": float("nan")}, "max_drop=nan"),
         ({"quantize": 8, "data": "x.yaml", "calibration_images": 0}, "calibration_images=0"),
         ({"format": "engine", "target": "rtx3071ti"}, "rtx3071ti.*did you mean 'rtx3070ti'"),

@@ -93,7 +93,8 @@ def test_quantize_openvino__no_quantizer_stands_in_the_decoding(
     out = tmp_path / "x_openvino_model"
     quantize(source, out, images)
     waiting = [openvino.Core().read_model(next(out.glob("*.xml"))).output(0).get_node()]
-    seen, kinds = set(), []
+    seen: set[str] = set()
+    kinds = []
     while waiting:
         op = waiting.pop()
         if op.get_friendly_name() in seen:

@@ -82,8 +82,8 @@ def test_scales__outliers_are_clipped_where_that_helps() -> None:
     values, plain = np.concatenate(batches), Scale(60 / 127, 0, True)
     scale = symmetric_scale(collect(lambda array: [array], ["x"], lambda: batches)["x"])
     # One outlier o among n costs (1 - p)^2 o^2 / n when the range is cut to p o; the steps cost p^2 (o / 127)^2 / 12.
-    # With n = 640000 the sum is smallest at p = 0.23, where it is a fourth of that at p = 1.
-    assert scale.step == pytest.approx(0.23 * plain.step, rel=0.1)
+    # With n = 640000 the sum is smallest at p = 0.23, where it is a fourth of that at p = 1, and flat around it.
+    assert scale.step == pytest.approx(0.23 * plain.step, rel=0.2)
     assert error(scale, values) < 0.3 * error(plain, values)
 
 
