@@ -132,7 +132,7 @@ def _judge(work: Work, device: str = "cpu") -> Callable[[Path], float]:
     job = work.job
 
     def measure(path: Path) -> float:
-        return judge(path, str(job.data), job.split, max(work.canvas), device, str(job.source)).map50_95
+        return judge(path, str(job.data), job.split, work.canvas, device, str(job.source)).map50_95
 
     return measure
 

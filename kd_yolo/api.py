@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultralytics import YOLO
-from ultralytics.models.yolo.detect import DetectionPredictor, DetectionValidator
+from ultralytics.models.yolo.detect import DetectionPredictor
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG_DICT
 
@@ -19,7 +19,7 @@ from kd_yolo.nn.lightnet import build_model
 from kd_yolo.resources import builtin_names
 from kd_yolo.runtimes import check_same_classes
 from kd_yolo.runtimes.opening import FOLDER_NAMES, SUFFIXES, is_foreign
-from kd_yolo.runtimes.ultralytics_backend import ExportedDetector
+from kd_yolo.runtimes.ultralytics_backend import CanvasValidator, ExportedDetector
 from kd_yolo.tasks.detect import KDTrainer
 
 if TYPE_CHECKING:
@@ -41,16 +41,6 @@ class KDPredictor(DetectionPredictor):
     def predict_cli(self, source: Any = None, model: Any = None) -> Iterator[Any]:
         """Return the results as a generator instead of dropping them."""
         return self(source, model, stream=True)
-
-
-class KDValidator(DetectionValidator):
-    """The stock validator, but one that judges an exported file on its own canvas, square or not."""
-
-    def get_model(self, model: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        """Take over the canvas of an exported file; Ultralytics' key has one side only."""
-        if isinstance(model, ExportedDetector) and model.session is not None:
-            self.args.imgsz = list(model.session.canvas)
-        return super().get_model(model, trainer, **kwargs)
 
 
 class KDYOLO(YOLO):
@@ -98,7 +88,7 @@ class KDYOLO(YOLO):
             "detect": {
                 "model": DetectionModel,
                 "trainer": KDTrainer,
-                "validator": KDValidator,
+                "validator": CanvasValidator,
                 "predictor": KDPredictor,
             }
         }
@@ -140,7 +130,7 @@ class KDYOLO(YOLO):
             raise ConfigError(f"{self.model_name}: an exported file knows no data set; give data=")
         given = self._opened({"rect": False, "plots": False, **kwargs})
         if isinstance(self.model, ExportedDetector):
-            given["imgsz"] = max(given["imgsz"])  # see KDValidator
+            given["imgsz"] = max(given["imgsz"])  # see CanvasValidator
         return super().val(**given)
 
     def predict(self, source: Any = None, stream: bool = False, **kwargs: Any) -> Any:

@@ -41,6 +41,8 @@ def find(kind: str, name: str) -> Path:
     if str(local.parent) == "." and builtin.is_file():
         return builtin
     known = builtin_names(kind)
+    if local.exists():
+        raise ConfigError(f"{kind[:-1]} '{name}': is not a YAML file; give one, or a built-in ({', '.join(known)})")
     raise ConfigError(
         f"{kind[:-1]} '{name}' not found: no file {local} and no built-in of that name "
         f"(built-in: {', '.join(known) or 'none'}){nearest(stem, known)}"

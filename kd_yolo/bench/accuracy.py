@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from ultralytics import YOLO
-from ultralytics.models.yolo.detect import DetectionValidator
 
 from kd_yolo.bench.runners import Runner, SessionRunner
 from kd_yolo.bench.torch_runner import TorchRunner
+from kd_yolo.checkpoints import load_model
 from kd_yolo.errors import ModelError
 from kd_yolo.images import dataset_files
 from kd_yolo.runtimes import check_same_classes
 from kd_yolo.runtimes.opening import is_foreign
-from kd_yolo.runtimes.ultralytics_backend import ExportedDetector
+from kd_yolo.runtimes.ultralytics_backend import CanvasValidator, ExportedDetector
 
 BATCH = 16  # does not change the result; an exported file with a fixed batch is fed in portions
 
@@ -38,17 +37,6 @@ class Accuracy:
     map50_95: float
     images: int
     split: str
-
-
-class CanvasValidator(DetectionValidator):
-    """The stock validator on one canvas, square or not: its own key has one side only."""
-
-    canvas: tuple[int, int]
-
-    def get_model(self, model: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        """Set the canvas where Ultralytics takes it over from an exported file."""
-        self.args.imgsz = list(self.canvas)
-        return super().get_model(model, trainer, **kwargs)
 
 
 def evaluate(path: Path, runner: Runner, data: str, split: str, device: str) -> Accuracy:
@@ -101,9 +89,9 @@ def judge(
         check_same_classes(exported.names, data, name or path)
         exported.open(list(canvas), device)
         return _validate(exported, data, split, canvas, device)
-    loaded = YOLO(path, task="detect")
-    check_same_classes(loaded.names, data, name or path)
-    return _validate(loaded.model, data, split, canvas, device)
+    model, _ = load_model(path)
+    check_same_classes(dict(model.names), data, name or path)
+    return _validate(model, data, split, canvas, device)
 
 
 def _validate(model: Any, data: str, split: str, canvas: tuple[int, int], device: str, **keys: Any) -> Accuracy:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from ultralytics.models.yolo.detect import DetectionValidator
 
 from kd_yolo.errors import ConfigError
 from kd_yolo.runtimes.base import Description, Session
@@ -95,6 +96,24 @@ class ExportedDetector(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> ExportedDetector:
         """Return the same object: Ultralytics copies what it is going to fuse, and a session cannot be copied."""
         return self
+
+
+class CanvasValidator(DetectionValidator):
+    """The stock validator on any canvas, square or not: Ultralytics' own key has one side only.
+
+    Attributes:
+        canvas: Height and width in pixels; None for that of an exported file, or Ultralytics' own way.
+    """
+
+    canvas: tuple[int, int] | None = None
+
+    def get_model(self, model: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Set the canvas where Ultralytics takes it over from an exported file."""
+        session = model.session if isinstance(model, ExportedDetector) else None
+        canvas = self.canvas or (session.canvas if session else None)
+        if canvas is not None:
+            self.args.imgsz = list(canvas)
+        return super().get_model(model, trainer, **kwargs)
 
 
 def _device_name(device: Any, format: str) -> str:

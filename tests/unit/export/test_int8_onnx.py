@@ -30,7 +30,7 @@ CANVAS = (64, 64)
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("float")
-    return export(save_checkpoint(tiny_detector(), folder / "best.pt"), format="onnx", imgsz=64).path
+    return Path(export(save_checkpoint(tiny_detector(), folder / "best.pt"), format="onnx", imgsz=64).path)
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +174,8 @@ def test_rank__a_layer_with_coarse_steps_is_the_most_sensitive(source: Path, ima
 
 
 def test_relative_noise__value() -> None:
-    wanted = [[np.float32([0, 2]), np.float32([5, 5])], [np.float32([0, 2]), np.float32([5, 7])]]
-    found = [[np.float32([1, 2]), np.float32([5, 5])], [np.float32([0, 2]), np.float32([5, 7])]]
+    wanted = [[np.array([0, 2]), np.array([5, 5])], [np.array([0, 2]), np.array([5, 7])]]
+    found = [[np.array([1, 2]), np.array([5, 5])], [np.array([0, 2]), np.array([5, 7])]]
     # First output: mean squared difference 1/4, variance 1; second: none.
     assert relative_noise(wanted, found) == pytest.approx(0.125)
 

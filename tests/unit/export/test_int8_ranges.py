@@ -99,7 +99,7 @@ def test_asymmetric_scale__before_silu_large_negative_values_do_not_matter() -> 
 
 def test_quantize_weight__within_half_a_step_of_every_channel() -> None:
     weight = np.random.default_rng(0).normal(0, 1, (5, 3, 3, 3)).astype(np.float32)
-    weight *= np.float32([1e-4, 1e-2, 1, 10, 0]).reshape(5, 1, 1, 1)
+    weight *= np.array([1e-4, 1e-2, 1, 10, 0], np.float32).reshape(5, 1, 1, 1)
     steps = weight_scales(weight)
     back = quantize_weight(weight, steps) * steps.reshape(5, 1, 1, 1)
     assert (np.abs(back - weight).reshape(5, -1).max(1) <= steps * 0.5001).all()
@@ -109,4 +109,4 @@ def test_quantize_weight__within_half_a_step_of_every_channel() -> None:
 
 def test_weight_scales__floor() -> None:
     weight = np.ones((2, 1, 1, 1), np.float32)
-    assert weight_scales(weight, np.float32([0, 1])).tolist() == pytest.approx([1 / 127, 1])
+    assert weight_scales(weight, np.array([0, 1], np.float32)).tolist() == pytest.approx([1 / 127, 1])
