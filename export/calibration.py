@@ -19,7 +19,7 @@ from kd_yolo.errors import ConfigError, DataError
 from kd_yolo.images import dataset_files, dataset_names, read_image, to_canvas
 
 CALIBRATION_IMAGES = 300
-"""Images to calibrate with unless another number is asked for; docs/quantization.md has what fewer cost."""
+"""Images to calibrate with unless another number is asked for; docs/quantization.md has what fewer gave."""
 MIN_IMAGES = 8
 """Fewer say too little about the ranges of a network's tensors."""
 

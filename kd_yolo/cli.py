@@ -107,6 +107,8 @@ COMMANDS: dict[str, Command] = {
             "model": "checkpoint; needed",
             "format": "onnx, openvino, engine, torchscript, ncnn, bundle, or any of Ultralytics' [onnx]",
             "quantize": "16: float16; 8: INT8, which needs data= [float32]",
+            "half": "older name of quantize=16 [false]",
+            "int8": "older name of quantize=8 [false]",
             "target": "engine for this GPU, built without one: rtx3070ti, ...; see kd-yolo targets",
             "imgsz": "canvas in pixels, or [height,width] [the checkpoint's]",
             "batch": "images per call [1]",

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-import torchvision  # type: ignore[import-untyped]
+import torchvision
 from detector_factory import save_checkpoint, tiny_detector
 from kd_yolo.export import export
 from kd_yolo.export.bundle import write_bundle
