@@ -57,11 +57,7 @@ def export(
     """
     from kd_yolo.export.job import make_job
 
-    for old, given, value in (("half", half, 16), ("int8", int8, 8)):
-        if given:
-            if quantize not in {None, value}:
-                raise ConfigError(f"{old}=true is quantize={value}, but quantize={quantize} was given; choose one")
-            quantize = value
+    quantize = _quantize(quantize, half, int8)
     known = inspect.signature(make_job).parameters
     for key in arguments:
         if key not in known:
@@ -70,6 +66,16 @@ def export(
     from kd_yolo.export.pipeline import run_export
 
     return run_export(job)
+
+
+def _quantize(quantize: int | None, half: bool | None, int8: bool | None) -> int | None:
+    """Return ``quantize`` with its old names taken in."""
+    for old, given, value in (("half", half, 16), ("int8", int8, 8)):
+        if given:
+            if quantize not in {None, value}:
+                raise ConfigError(f"{old}=true is quantize={value}, but quantize={quantize} was given; choose one")
+            quantize = value
+    return quantize
 
 
 def __getattr__(name: str) -> Any:

@@ -27,7 +27,7 @@ def make_engine(work: Work) -> Made:
         built = build_engine(graph.path, engine, job.target, metadata, job.dynamic, job.batch, work.canvas)
     facts = {**graph.facts, "engine": built}
     if job.target is None or _runs_here(str(job.target.compute_capability)):
-        return Made(engine, facts, proven=engine, int8=graph.int8)
+        return Made(engine, facts, proven=engine, int8=graph.int8, graph=graph.path)
     checked = (
         "the ONNX graph it was built from; the engine itself runs only on a GPU of compute capability "
         f"{job.target.compute_capability}"

@@ -8,20 +8,22 @@ from pathlib import Path
 from kd_yolo.export.job import Job
 from kd_yolo.export.matching import GraphOutput
 from kd_yolo.export.parity import ParityReport, Trial, check_parity, tolerance_row
-from kd_yolo.export.stock import Work
+from kd_yolo.export.stock import Work, failures_in_one_line
+from kd_yolo.export.weights import FORMATS, SHOWN, WeightReport, check_weights
 
 from kd_yolo.errors import BackendMissingError, ExportError, ModelError
 from kd_yolo.inference import CONFIDENCE, NMS_IOU, channels_of, max_stride, uses_nms
 from kd_yolo.runtimes import Description, artifact_format, describe, open_session
 
 
-def prove(work: Work, path: Path, precision: str) -> tuple[ParityReport, str]:
-    """Run an artifact on the images and return the gate's result and the runtime that ran it.
+def prove(work: Work, path: Path, precision: str, graph: Path | None = None) -> tuple[ParityReport, str]:
+    """Compare an artifact's weights, run it on the images, and return the gate's result and the runtime that ran it.
 
     Args:
         work: The export.
         path: File or folder.
         precision: ``fp32``, ``fp16`` or ``int8``.
+        graph: The ONNX file that an engine was built from, whose weights are compared in its stead.
 
     Raises:
         ExportError: The artifact cannot be opened, does not say about itself what it is, or is not the model.
@@ -38,12 +40,13 @@ def prove(work: Work, path: Path, precision: str) -> tuple[ParityReport, str]:
             trials.append(Trial(session.infer, canvas, batch))
     except ModelError as error:
         raise ExportError(f"{job.out.name}: not written, it cannot be opened again ({error})") from error
+    weights = _prove_weights(work, path if graph is None else graph, precision)
     row = tolerance_row(format, precision)
     parity = check_parity(work.source, trials, output_of(job, uses_nms(work.source)), work.images, row)
     if not parity.passed:
         reasons = "; ".join(parity.failures)
         raise ExportError(f"{job.out.name}: not written, the graph is not the model: {reasons}")
-    return parity, runtime
+    return dataclasses.replace(parity, weights=weights), runtime
 
 
 def output_of(job: Job, needs_nms: bool) -> GraphOutput:
@@ -90,3 +93,17 @@ def check_description(work: Work, path: Path) -> None:
     ]
     if wrong:
         raise ExportError(f"{job.out.name}: not written, its metadata is wrong: {'; '.join(wrong)}"[:600])
+
+
+def _prove_weights(work: Work, path: Path, precision: str) -> WeightReport | None:
+    """Compare the weights of an artifact where they can be read: outputs alone may hide a wrong one."""
+    format = artifact_format(path)
+    if format not in FORMATS:
+        return None
+    with failures_in_one_line():
+        report = check_weights(work.deployed, path, format, precision)
+    if report.failures:
+        more = len(report.failures) - SHOWN
+        reasons = "; ".join(report.failures[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+        raise ExportError(f"{work.job.out.name}: not written, the graph is not the model: {reasons}")
+    return report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,23 +105,12 @@ def make_job(
         ConfigError: An argument is not acceptable, or means nothing to the format.
         BackendMissingError: A package that makes or runs the format is missing.
     """
-    chosen = find_format(format)
+    chosen, path = find_format(format), Path(model).expanduser().absolute()
     precision = _precision(chosen, quantize)
-    given = {
-        DYNAMIC: dynamic,
-        NMS: nms,
-        NMS_FREE: nms_free is True,
-        OPSET: opset is not None,
-        SIMPLIFY: not simplify,
-        "target": target is not None,
-    }
-    _refuse_unused(chosen, [key for key, there in given.items() if there])
-    if nms and nms_free:
-        raise ConfigError("nms=true puts NMS into the graph and nms_free=true needs none; choose one")
+    given = {DYNAMIC: dynamic, NMS: nms, NMS_FREE: nms_free, OPSET: opset is not None, SIMPLIFY: not simplify}
+    _refuse_unused(chosen, given | {"target": target is not None})
     _check_int8(chosen, precision, data, max_drop, calibration_images)
-    gpu = _target_of(chosen, target)
-    require_packages(chosen)
-    path = Path(model).expanduser().absolute()
+    gpu = _target_of(chosen, target, nms)
     return Job(
         source=path,
         format=chosen,
@@ -198,12 +187,14 @@ def _precision(format: Format, quantize: Any) -> str:
     return precision
 
 
-def _refuse_unused(format: Format, given: Sequence[str]) -> None:
-    """Refuse what a format would silently drop."""
-    for key in given:
-        if key not in format.keys:
+def _refuse_unused(format: Format, given: Mapping[str, bool | None]) -> None:
+    """Refuse what a format would silently drop, and what contradicts itself."""
+    for key, there in given.items():
+        if there and key not in format.keys:
             able = ", ".join(sorted(format.keys)) or "none of dynamic, nms, nms_free, opset, simplify, target"
             raise ConfigError(f"{key}=: means nothing to format={format.name}; leave it out (it takes {able})")
+    if given[NMS] and given[NMS_FREE]:
+        raise ConfigError("nms=true puts NMS into the graph and nms_free=true needs none; choose one")
 
 
 def _check_int8(format: Format, precision: str, data: Any, max_drop: float, calibration_images: int | None) -> None:
@@ -223,15 +214,31 @@ def _check_int8(format: Format, precision: str, data: Any, max_drop: float, cali
         )
 
 
-def _target_of(format: Format, target: str | None) -> Target | None:
-    """Return the GPU to build for; an engine without one is built on the GPU of this machine."""
-    if target is not None:
-        from kd_yolo.targets import load_target
+def _target_of(format: Format, target: str | None, nms: bool) -> Target | None:
+    """Return the GPU to build for, if it can be, or None for the one here; check that all packages are there."""
+    if target is None:
+        _require_local_gpu(format)
+        require_packages(format)
+        return None
+    from kd_yolo.targets import load_target
 
-        found = load_target(target)
-        if found.compute_capability is None:
-            raise ConfigError(f"target={target}: {found.title} is no GPU; an engine needs one, for example rtx3070ti")
-        return found
+    found = load_target(target)
+    if found.compute_capability is None:
+        raise ConfigError(f"target={target}: {found.title} is no GPU; an engine needs one, for example rtx3070ti")
+    if nms:
+        raise ConfigError(
+            "nms=true: TensorRT for RTX, which target= builds with, takes no NMS inside of the graph; leave nms= out, "
+            "or use nms_free=true with a model that has such a head"
+        )
+    require_packages(format)
+    from kd_yolo.export.tensorrt_engine import check_target
+
+    check_target(found)
+    return found
+
+
+def _require_local_gpu(format: Format) -> None:
+    """Refuse an engine without a target where it cannot be built."""
     if format.name == "engine":
         import torch
 
@@ -240,7 +247,6 @@ def _target_of(format: Format, target: str | None) -> Target | None:
                 "format=engine: this machine has no CUDA GPU; run it on the machine that has the GPU, or name the GPU "
                 "with target=rtx3070ti (or another of kd-yolo targets), which builds for TensorRT for RTX without one"
             )
-    return None
 
 
 def _out(source: Path, out: str | Path | None, format: Format, precision: str, target: Target | None) -> Path:

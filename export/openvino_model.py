@@ -8,6 +8,7 @@ from typing import Any
 from kd_yolo.export.int8_step import quantized_openvino
 from kd_yolo.export.sidecar import read_sidecar, write_sidecar
 from kd_yolo.export.stock import Made, Work, failures_in_one_line, run_stock_exporter
+from kd_yolo.export.telemetry import no_telemetry
 
 
 def make_openvino(work: Work) -> Made:
@@ -17,9 +18,10 @@ def make_openvino(work: Work) -> Made:
         ExportError: The export failed, or int8 costs more than ``max_drop``.
     """
     job, report = work.job, None
-    made = run_stock_exporter(work, "openvino", "fp32" if job.precision == "int8" else job.precision)
-    if job.precision == "int8":
-        made, report = quantized_openvino(work, made)
+    with no_telemetry():
+        made = run_stock_exporter(work, "openvino", "fp32" if job.precision == "int8" else job.precision)
+        if job.precision == "int8":
+            made, report = quantized_openvino(work, made)
     with failures_in_one_line():
         write_sidecar(made, read_sidecar(made), work.own, job.precision)
         facts = _facts(next(made.glob("*.xml")))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from kd_yolo.export.matching import Detected, GraphOutput, Match, MatchLimits, compare_rows, match_detections, worse
+from kd_yolo.export.weights import WeightReport
 from torch import Tensor
 from ultralytics.nn.tasks import DetectionModel
 
@@ -99,6 +100,7 @@ class ParityReport:
         unmatched: Detections without a partner or an excuse.
         lowest_iou: Smallest IoU among the pairs.
         failures: What is out of bounds, in words.
+        weights: Result of comparing the weights themselves; None where the format's cannot be read.
     """
 
     passed: bool
@@ -120,6 +122,7 @@ class ParityReport:
     unmatched: int
     lowest_iou: float
     failures: list[str]
+    weights: WeightReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

@@ -91,7 +91,7 @@ def _check(work: Work, made: Made) -> tuple[ParityReport | None, str | None]:
     check_description(work, made.proven)
     if work.job.format.name == "engine" and made.proven != made.path:
         check_description(work, made.path)
-    parity, runtime = prove(work, made.proven, work.job.precision)
+    parity, runtime = prove(work, made.proven, work.job.precision, made.graph)
     if made.int8 is not None:
         check_drop(work, made.proven, made.int8)
     return parity, runtime

@@ -58,6 +58,7 @@ class Made:
         proven: What the gate runs: the artifact itself, or the graph it was built from; None where nothing here can.
         checked: What the gate ran, in words.
         int8: Report of the quantization.
+        graph: ONNX file that an engine which runs here was built from; its weights are compared.
     """
 
     path: Path
@@ -65,6 +66,7 @@ class Made:
     proven: Path | None
     checked: str = "the artifact itself"
     int8: Int8Report | None = None
+    graph: Path | None = None
 
 
 def run_stock_exporter(

@@ -90,32 +90,15 @@ def build_engine(
     started = time.perf_counter()
     log = make_logger(trt)
     builder = trt.Builder(log)
-    network = builder.create_network(_network_flags(trt))
-    _parse(trt, network, log, model, onnx_path.name)
-    config = builder.create_builder_config()
-    if target is not None:
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(_capabilities(trt)[capability], 0)
-    if precision == "fp32":
-        # TF32 multiplies with 10 bits of mantissa, which is not what float32 says, and no parity gate lets through.
-        config.clear_flag(trt.BuilderFlag.TF32)
+    network = _parse(trt, builder, log, model, onnx_path.name)
+    config = _config(trt, builder, None if target is None else capability, precision)
     profile = _set_profile(builder, config, network, (batch, *canvas), int(metadata["stride"]) if dynamic else None)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise ExportError(f"{onnx_path.name}: TensorRT cannot build an engine from it ({log.first_error()})")
-    facts = {
-        "runtime": runtime,
-        "tensorrt": str(trt.__version__),
-        "compute_capability": capability,
-        "inputs": _tensors(network.get_input(index) for index in range(network.num_inputs)),
-        "outputs": _tensors(network.get_output(index) for index in range(network.num_outputs)),
-        "profile": profile,
-        "tf32": precision != "fp32",
-    }
-    _write(out, metadata, facts | {"precision": precision}, bytes(plan))
-    build_s = round(time.perf_counter() - started, 3)
+    plan = _serialized(builder, network, config, log, onnx_path.name)
+    facts: dict[str, Any] = {"runtime": runtime, "tensorrt": str(trt.__version__), "compute_capability": capability}
+    facts |= {**_ends(network), "profile": profile, "tf32": precision != "fp32"}
+    _write(out, metadata, facts | {"precision": precision}, plan)
     counted = {"layers": int(network.num_layers), "convolutions": _convolutions(trt, network)}
-    return facts | counted | _read_back(out, facts) | {"build_s": build_s}
+    return facts | {"build_s": round(time.perf_counter() - started, 3)} | counted | _read_back(out, facts)
 
 
 def check_target(target: Target) -> str:
@@ -189,7 +172,9 @@ def _load(path: Path, metadata: Mapping[str, Any], nms: bool) -> tuple[onnx.Mode
     return (prepare_qdq(model) if precision == "int8" else model), precision
 
 
-def _parse(trt: Any, network: Any, log: Any, model: onnx.ModelProto, name: str) -> None:
+def _parse(trt: Any, builder: Any, log: Any, model: onnx.ModelProto, name: str) -> Any:
+    """Return the network of a graph."""
+    network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, log)
     if not parser.parse(model.SerializeToString()):
         reasons = [str(parser.get_error(index)) for index in range(parser.num_errors)]
@@ -197,6 +182,27 @@ def _parse(trt: Any, network: Any, log: Any, model: onnx.ModelProto, name: str) 
         raise ExportError(f"{name}: TensorRT does not take this graph ({reason})")
     if network.num_inputs != 1 or len(tuple(network.get_input(0).shape)) != 4:
         raise ExportError(f"{name}: is not a detector with one image input")
+    return network
+
+
+def _config(trt: Any, builder: Any, capability: str | None, precision: str) -> Any:
+    """Return the builder's settings: the GPU to build for (None: the one here), and no TF32 in a float32 engine."""
+    config = builder.create_builder_config()
+    if capability is not None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(_capabilities(trt)[capability], 0)
+    if precision == "fp32":
+        # TF32 multiplies with 10 bits of mantissa, which is not what float32 says, and no parity gate lets through.
+        config.clear_flag(trt.BuilderFlag.TF32)
+    return config
+
+
+def _serialized(builder: Any, network: Any, config: Any, log: Any, name: str) -> bytes:
+    """Return the built engine."""
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise ExportError(f"{name}: TensorRT cannot build an engine from it ({log.first_error()})")
+    return bytes(plan)
 
 
 def _set_profile(
@@ -251,6 +257,14 @@ def _read_back(out: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 def _own_entry(metadata: Mapping[str, Any]) -> dict[str, Any]:
     own = metadata.get(METADATA_KEY) or {}
     return json.loads(own) if isinstance(own, str) else dict(own)
+
+
+def _ends(network: Any) -> dict[str, Any]:
+    """Return shape and type of the inputs and outputs of a network."""
+    return {
+        "inputs": _tensors(network.get_input(index) for index in range(network.num_inputs)),
+        "outputs": _tensors(network.get_output(index) for index in range(network.num_outputs)),
+    }
 
 
 def _tensors(items: Iterable[Any]) -> dict[str, Any]:

@@ -109,6 +109,23 @@ def read_plan(plan: bytes, name: str, tensors: list[str]) -> dict[str, Any]:
             f"{'.'.join(map(str, KNOWN))} can be inspected"
         )
     (mask,) = struct.unpack_from("<I", plan, 32)
+    found, weights = _scan(plan, tensors)
+    return {
+        "tensorrt": ".".join(map(str, version)),
+        "compute_capability": ",".join(key for key, bit in CAPABILITY_BITS.items() if mask & bit),
+        "tensors": found,
+        "weight_bytes": weights,
+        "kernels": dict(Counter(kind.decode() for kind in _KERNEL.findall(plan))),
+    }
+
+
+def is_readable(version: str) -> bool:
+    """Return whether ``read_plan`` knows the layout of a version such as ``1.7.1.116``."""
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) == KNOWN
+
+
+def _scan(plan: bytes, tensors: list[str]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return shape and type of these tensors, and the bytes of the weights by type."""
     found: dict[str, Any] = {}
     weights: Counter[str] = Counter()
     for text, kind in _TENSOR.findall(plan):
@@ -124,18 +141,7 @@ def read_plan(plan: bytes, name: str, tensors: list[str]) -> dict[str, Any]:
         size = _BYTES.search(text)
         if size:
             weights[dtype] += int(size[1])
-    return {
-        "tensorrt": ".".join(map(str, version)),
-        "compute_capability": ",".join(key for key, bit in CAPABILITY_BITS.items() if mask & bit),
-        "tensors": found,
-        "weight_bytes": dict(weights),
-        "kernels": dict(Counter(kind.decode() for kind in _KERNEL.findall(plan))),
-    }
-
-
-def is_readable(version: str) -> bool:
-    """Return whether ``read_plan`` knows the layout of a version such as ``1.7.1.116``."""
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) == KNOWN
+    return found, dict(weights)
 
 
 def _read(path: Path, own: dict[str, Any], plan: bytes) -> dict[str, Any]:

@@ -44,6 +44,10 @@ from kd_yolo.errors import BackendMissingError, ConfigError
         ({"quantize": 8, "data": "x.yaml", "calibration_images": 0}, "calibration_images=0"),
         ({"format": "engine", "target": "rtx3071ti"}, "rtx3071ti.*did you mean 'rtx3070ti'"),
         ({"format": "engine", "target": "epyc-avx512"}, "target=epyc-avx512: .* is no GPU"),
+        (
+            {"format": "engine", "target": "rtx3070ti", "nms": True},
+            "nms=true: TensorRT for RTX, .* takes no NMS inside of the graph; leave nms= out, or use nms_free=true",
+        ),
         ({"format": "openvino", "out": "line.xml"}, r"out=line\.xml: an openvino folder ends in _openvino_model"),
         ({"format": "torchscript", "out": "line.pt"}, r"a torchscript file ends in \.torchscript"),
         ({"nms": True, "nms_free": True}, "choose one"),
@@ -68,6 +72,15 @@ def test_export__engine_without_gpu_names_both_ways(tmp_path: Path, monkeypatch:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("target", "capability"), [("orin-nano", "8.7"), ("h200", "9.0")])
+def test_make_job__a_gpu_that_nothing_here_builds_for(tmp_path: Path, target: str, capability: str) -> None:
+    """Refused although there is no checkpoint: before anything is loaded."""
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(ConfigError, match=rf"target={target}: .* has compute capability {capability}, and") as caught:
+        export(tmp_path / "absent.pt", "engine", target=target)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("keys", "name"),
     [
@@ -90,6 +103,8 @@ def test_export__engine_without_gpu_names_both_ways(tmp_path: Path, monkeypatch:
 def test_make_job__default_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], name: str
 ) -> None:
+    if "target" in keys:
+        pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(importlib.util, "find_spec", lambda *words: object())
     job = make_job(tmp_path / "best.pt", **keys)
     assert job.out == tmp_path / name
