@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kd_yolo.export.job import Job
 from kd_yolo.export.matching import GraphOutput
-from kd_yolo.export.parity import ParityReport, Trial, check_parity, tolerance_row
+from kd_yolo.export.parity import ParityReport, Trial, check_parity
 from kd_yolo.export.stock import Work, failures_in_one_line
 from kd_yolo.export.weights import FORMATS, SHOWN, WeightReport, check_weights
 
@@ -41,8 +41,7 @@ def prove(work: Work, path: Path, precision: str, graph: Path | None = None) -> 
     except ModelError as error:
         raise ExportError(f"{job.out.name}: not written, it cannot be opened again ({error})") from error
     weights = _prove_weights(work, path if graph is None else graph, precision)
-    row = tolerance_row(format, precision)
-    parity = check_parity(work.source, trials, output_of(job, uses_nms(work.source)), work.images, row)
+    parity = check_parity(work.source, trials, output_of(job, uses_nms(work.source)), work.images, precision)
     if not parity.passed:
         reasons = "; ".join(parity.failures)
         raise ExportError(f"{job.out.name}: not written, the graph is not the model: {reasons}")

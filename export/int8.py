@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from kd_yolo.export.calibration import calibration_record
 
 from kd_yolo.errors import ExportError
 from kd_yolo.tables import markdown_table
@@ -135,6 +139,76 @@ class Found:
         return next(t.map50_95 for t in self.trials if t.float_layers == len(self.layers))
 
 
+class Quantizer(Protocol):
+    """What a runtime's quantization offers to ``quantize``."""
+
+    @property
+    def layers(self) -> Collection[str]:
+        """Convolutions with weights."""
+
+    @property
+    def heads(self) -> Collection[str]:
+        """Those of them that are never quantized."""
+
+    def rank(self) -> list[LayerError]:
+        """Return the layers that could be int8, the most sensitive first."""
+
+    def build(self, folder: Path, floats: Sequence[str]) -> Path:
+        """Write the artifact with these layers in float into a folder and return its path."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return how the ranges were chosen."""
+
+
+def quantize(
+    format: str,
+    quantizer: Quantizer,
+    calibration: Sequence[Path],
+    publish: Callable[[Path], None],
+    judge: Judge,
+    float_map: float,
+    max_drop: float,
+) -> Int8Report:
+    """Rank the layers, search the ones that stay in float, publish the artifact and say what it cost.
+
+    Args:
+        format: ``onnx`` or ``openvino``.
+        quantizer: Writes artifacts.
+        calibration: Training images, best a ``Calibration``.
+        publish: Takes the chosen artifact, whose folder is removed afterwards.
+        judge: Returns the mAP50-95, 0 to 1, of an artifact.
+        float_map: That of the float artifact.
+        max_drop: Points of mAP50-95 that may be lost.
+
+    Raises:
+        ExportError: The bound cannot be held.
+    """
+    started = time.perf_counter()
+    ranking = quantizer.rank()
+    with tempfile.TemporaryDirectory(prefix="kd-yolo-int8-") as folder:
+        names = [item.layer for item in ranking]
+        found = search_float_layers(
+            names, lambda floats: quantizer.build(Path(folder), floats), judge, float_map, max_drop
+        )
+        publish(found.path)
+    reasons = dict.fromkeys(quantizer.heads, HEAD_REASON) | dict.fromkeys(found.layers, SENSITIVE_REASON)
+    return Int8Report(
+        format=format,
+        calibration=calibration_record(calibration),
+        layers_total=len(quantizer.layers),
+        layers_int8=len(quantizer.layers) - len(reasons),
+        layers_float=reasons,
+        sensitivity=ranking,
+        trials=found.trials,
+        map_float=float_map,
+        map_int8=found.map50_95,
+        drop_points=(float_map - found.map50_95) * 100,
+        max_drop=max_drop,
+        seconds=round(time.perf_counter() - started, 1),
+        settings=quantizer.settings(),
+    )
+
+
 def search_float_layers(
     ranking: Sequence[str],
     build: Callable[[tuple[str, ...]], Path],
@@ -196,5 +270,5 @@ def _failure(trials: Sequence[Trial], layers: int, float_map: float, max_drop: f
     return (
         f"int8 loses {best.drop_points:.2f} points of mAP50-95 ({float_map:.4f} in float) even with the "
         f"{best.float_layers} most sensitive of {layers} layers in float, and max_drop={max_drop:g} are allowed; "
-        "calibrate with more images, allow a larger max_drop=, train with form=qarep, or use quantize=16"
+        "calibrate with more images, allow a larger max_drop=, train with reparam=qarep, or use quantize=16"
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +12,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from kd_yolo.export.calibration import calibration_pixels, calibration_record
-from kd_yolo.export.int8 import HEAD_REASON, SENSITIVE_REASON, Int8Report, Judge, LayerError, search_float_layers
+from kd_yolo.export.calibration import calibration_pixels
+from kd_yolo.export.int8 import Int8Report, Judge, LayerError, quantize
 from kd_yolo.export.int8_graph import (
     Network,
     Placement,
@@ -93,6 +91,36 @@ class OnnxQuantizer:
                 entry.value = json.dumps(json.loads(entry.value) | {"precision": "int8"})
         return model
 
+    @property
+    def layers(self) -> Collection[str]:
+        """Convolutions with weights."""
+        return self.network.layers
+
+    @property
+    def heads(self) -> Collection[str]:
+        """Those that make the outputs of the head."""
+        return self.network.heads
+
+    def build(self, folder: Path, floats: Sequence[str]) -> Path:
+        """Write the file in which these layers are float into a folder; see ``Quantizer``."""
+        path = folder / f"{len(floats)}.onnx"
+        self.write(path, set(self.candidates) - set(floats))
+        return path
+
+    def settings(self) -> dict[str, Any]:
+        """Return how the ranges were chosen."""
+        cpu = self.scheme == CPU
+        return {
+            "scheme": self.scheme,
+            "weights": "int8, symmetric, per output channel",
+            "activations": "uint8 with a zero point, per tensor" if cpu else "int8, symmetric, per tensor",
+            "biases": "int32" if cpu else "float32",
+            "ranges": "least squared error; before SiLU, of what it makes",
+            "canvas": list(self.canvas),
+            "sensitivity_images": IMAGES,
+            "onnxruntime": onnxruntime.__version__,
+        }
+
     def rank(self) -> list[LayerError]:
         """Return the layers by the noise that each makes alone."""
         images = list(calibration_pixels(spread(self.files, IMAGES), self.canvas, self.channels, self.batch))
@@ -157,38 +185,15 @@ def quantize_onnx(
         ExportError: The source is not a float32 graph of convolutions, or the bound cannot be held.
         OutputError: The file cannot be written.
     """
-    started = time.perf_counter()
     if scheme not in {CPU, TENSORRT}:
         raise ConfigError(f"scheme={scheme}: must be {CPU} or {TENSORRT}")
     quantizer = OnnxQuantizer.of(source, list(calibration), canvas, channels, scheme)
-    ranking = quantizer.rank()
-    with tempfile.TemporaryDirectory(prefix="kd-yolo-int8-") as folder:
 
-        def build(floats: tuple[str, ...]) -> Path:
-            path = Path(folder) / f"{len(floats)}.onnx"
-            quantizer.write(path, set(quantizer.candidates) - set(floats))
-            return path
-
-        found = search_float_layers([item.layer for item in ranking], build, judge, float_map, max_drop)
+    def publish(made: Path) -> None:
         with written_aside(out) as aside:
-            aside.write_bytes(found.path.read_bytes())
-    network = quantizer.network
-    reasons = dict.fromkeys(network.heads, HEAD_REASON) | dict.fromkeys(found.layers, SENSITIVE_REASON)
-    return Int8Report(
-        format="onnx",
-        calibration=calibration_record(calibration),
-        layers_total=len(network.layers),
-        layers_int8=len(network.layers) - len(reasons),
-        layers_float=reasons,
-        sensitivity=ranking,
-        trials=found.trials,
-        map_float=float_map,
-        map_int8=found.map50_95,
-        drop_points=(float_map - found.map50_95) * 100,
-        max_drop=max_drop,
-        seconds=round(time.perf_counter() - started, 1),
-        settings=_settings(scheme, canvas),
-    )
+            aside.write_bytes(made.read_bytes())
+
+    return quantize("onnx", quantizer, calibration, publish, judge, float_map, max_drop)
 
 
 def _session(model: Any, outputs: Sequence[str]) -> Any:
@@ -204,17 +209,3 @@ def _session(model: Any, outputs: Sequence[str]) -> Any:
         return onnxruntime.InferenceSession(copy.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's classes share no public base
         raise ExportError(f"int8: ONNX Runtime refuses the graph ({str(error).splitlines()[0][:200]})") from error
-
-
-def _settings(scheme: str, canvas: tuple[int, int]) -> dict[str, Any]:
-    cpu = scheme == CPU
-    return {
-        "scheme": scheme,
-        "weights": "int8, symmetric, per output channel",
-        "activations": "uint8 with a zero point, per tensor" if cpu else "int8, symmetric, per tensor",
-        "biases": "int32" if cpu else "float32",
-        "ranges": "least squared error; before SiLU, of what it makes",
-        "canvas": list(canvas),
-        "sensitivity_images": IMAGES,
-        "onnxruntime": onnxruntime.__version__,
-    }

@@ -7,23 +7,14 @@ import io
 import json
 import logging
 import shutil
-import tempfile
-import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from kd_yolo.export.calibration import calibration_pixels, calibration_record
-from kd_yolo.export.int8 import (
-    HEAD_REASON,
-    SENSITIVE_REASON,
-    Int8Report,
-    Judge,
-    LayerError,
-    search_float_layers,
-)
+from kd_yolo.export.calibration import calibration_pixels
+from kd_yolo.export.int8 import Int8Report, Judge, LayerError, quantize
 from kd_yolo.export.int8_openvino_graph import ancestors, bounds, is_layer, is_quantizer, tensor_name, xml_file
 from kd_yolo.export.int8_ranges import Scale, asymmetric_scale, collect, quantize_weight, weight_scales
 from kd_yolo.export.sensitivity import IMAGES, Outputs, rank_layers
@@ -91,6 +82,12 @@ class OpenVinoQuantizer:
             if file.suffix not in {".xml", ".bin"} and file.is_file():
                 shutil.copy(file, folder / file.name)
         _mark_int8(folder / "metadata.yaml")
+
+    def build(self, folder: Path, floats: Sequence[str]) -> Path:
+        """Write the folder in which these layers are float into another one; see ``Quantizer``."""
+        made = folder / str(len(floats)) / f"{self.xml.stem}_openvino_model"
+        self.write(made, floats)
+        return made
 
     def rank(self) -> list[LayerError]:
         """Return the layers by the noise that each makes alone, with int8 weights and a uint8 input."""
@@ -198,34 +195,8 @@ def quantize_openvino(
         ExportError: The source is not a graph of convolutions, or the bound cannot be held.
         OutputError: The folder cannot be written.
     """
-    started = time.perf_counter()
     quantizer = OpenVinoQuantizer(source, list(calibration), canvas, channels)
-    ranking = quantizer.rank()
-    with tempfile.TemporaryDirectory(prefix="kd-yolo-int8-") as folder:
-
-        def build(floats: tuple[str, ...]) -> Path:
-            made = Path(folder) / str(len(floats)) / f"{source.stem.removesuffix('_openvino_model')}_openvino_model"
-            quantizer.write(made, floats)
-            return made
-
-        found = search_float_layers([item.layer for item in ranking], build, judge, float_map, max_drop)
-        _publish(found.path, out)
-    reasons = dict.fromkeys(quantizer.heads, HEAD_REASON) | dict.fromkeys(found.layers, SENSITIVE_REASON)
-    return Int8Report(
-        format="openvino",
-        calibration=calibration_record(calibration),
-        layers_total=len(quantizer.layers),
-        layers_int8=len(quantizer.layers) - len(reasons),
-        layers_float=reasons,
-        sensitivity=ranking,
-        trials=found.trials,
-        map_float=float_map,
-        map_int8=found.map50_95,
-        drop_points=(float_map - found.map50_95) * 100,
-        max_drop=max_drop,
-        seconds=round(time.perf_counter() - started, 1),
-        settings=quantizer.settings(),
-    )
+    return quantize("openvino", quantizer, calibration, lambda made: _publish(made, out), judge, float_map, max_drop)
 
 
 def _publish(made: Path, out: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 from kd_yolo.export.int8_step import quantized_openvino
 from kd_yolo.export.sidecar import read_sidecar, write_sidecar
 from kd_yolo.export.stock import Made, Work, failures_in_one_line, run_stock_exporter
-from kd_yolo.export.telemetry import no_telemetry
+
+from kd_yolo.runtimes.telemetry import no_telemetry
 
 
 def make_openvino(work: Work) -> Made:

@@ -58,21 +58,19 @@ class Tolerance:
 
 # Measured on NEU-DET photographs at 128 to 640 px with yolo26n, yolov8n, yolo11n, and LightNets, yolo26n and
 # re-parameterized yolo26n trained there, NMS-free heads too, thresholds down to 3e-5.
-# float32 (ONNX, OpenVINO, TorchScript): box 1.8e-4, box_mean 1.1e-6, score 2.8e-5, unmatched 1e-4. The score is the
+# float32 (ONNX, OpenVINO, TorchScript, ncnn): box 1.8e-4, box_mean 1.1e-6, score 3.9e-5, unmatched 1e-4; and score
+# 1.5e-4 of one yolo26n with merged branches at 224 px, whose file holds exactly the deployed weights. The score is the
 # runtimes' arithmetic: the exported weights in float64 are within 2e-6, and it stays at 2e-5 with all graph
-# optimizations of ONNX Runtime off. ncnn, whose convolutions are Winograd's: box 1.3e-4, box_mean 9.4e-7, score 3.9e-5.
-# One weight of yolo26n changed by 0.1 % of its kernel's largest is refused in float32 (9 of 10 kernels tried).
+# optimizations of ONNX Runtime off. What weights a file holds is checked one by one, see ``weights.py``.
 # float16, eleven bits, the same whether ONNX computes in it or OpenVINO and ncnn only store the weights so: box 0.75
 # (an anchor that nothing detects), box_mean 2.5e-3, score 0.10 (both of a yolo26n whose BatchNorms multiply by a lot; a
-# LightNet 0.12, 1.6e-3, 0.025), unmatched 0.016 (0.18 at IoU 0.99: small boxes move by more than that). One weight of
-# yolo26n's first kernel changed by 10 % of its largest is refused.
-# int8 (ONNX for a CPU and for TensorRT, OpenVINO): box 1.7, box_mean 2.5e-2, score 0.27, unmatched 0.041; what counts
-# is the loss of mAP. The highest bit of one weight of a small detector's first kernel is refused.
+# LightNet 0.12, 1.6e-3, 0.025), unmatched 0.016 (0.18 at IoU 0.99: small boxes move by more than that).
+# int8 (ONNX for a CPU and for TensorRT, OpenVINO): box 1.7, box_mean 2.5e-2, score 0.53, unmatched 0.041; what counts
+# is the loss of mAP.
 TOLERANCES = {
-    "fp32": Tolerance(box=5e-4, box_mean=1e-5, score=1e-4, tie=1e-3, match_iou=0.99, unmatched=0.01),
-    "ncnn fp32": Tolerance(box=5e-4, box_mean=1e-5, score=2e-4, tie=1e-3, match_iou=0.99, unmatched=0.01),
+    "fp32": Tolerance(box=5e-4, box_mean=1e-5, score=3e-4, tie=1e-3, match_iou=0.99, unmatched=0.01),
     "fp16": Tolerance(box=2.0, box_mean=6e-3, score=0.25, tie=5e-2, match_iou=0.9, unmatched=0.1),
-    "int8": Tolerance(box=4.0, box_mean=5e-2, score=0.45, tie=0.5, match_iou=0.5, unmatched=0.1),
+    "int8": Tolerance(box=4.0, box_mean=5e-2, score=0.7, tie=0.5, match_iou=0.5, unmatched=0.1),
 }
 
 
@@ -218,12 +216,6 @@ def check_parity(
         lowest_iou=totals.lowest_iou,
         failures=failures,
     )
-
-
-def tolerance_row(format: str, precision: str) -> str:
-    """Return the row of ``TOLERANCES`` for a format and a precision."""
-    own = f"{format} {precision}"
-    return own if own in TOLERANCES else precision
 
 
 def _compare(

@@ -11,6 +11,7 @@ from torch import Tensor
 from kd_yolo.errors import BackendMissingError, ConfigError, ModelError
 from kd_yolo.runtimes.base import Description, Session, check_signature, description_of
 from kd_yolo.runtimes.reading import check_file, folder_file, yaml_metadata
+from kd_yolo.runtimes.telemetry import no_telemetry
 
 
 class OpenVinoSession(Session):
@@ -145,7 +146,8 @@ def _last_line(error: BaseException) -> str:
 
 def _openvino(path: Path) -> Any:
     try:
-        import openvino
+        with no_telemetry():
+            import openvino
     except ImportError as error:
         raise BackendMissingError(f"{path}: needs openvino; run: pip install 'kd-yolo[openvino]'") from error
     return openvino

@@ -1,4 +1,4 @@
-"""An export to OpenVINO tells nobody."""
+"""Exporting to OpenVINO and opening the result tell nobody."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from export_factory import need, source
-from kd_yolo.export.telemetry import SWITCH, no_telemetry
+
+from kd_yolo.runtimes.telemetry import SWITCH, no_telemetry
 
 WATCHED = """
 import sys
@@ -19,25 +20,30 @@ TelemetrySender.send = lambda self, backend, message, timeout=1.0: sent.append(m
 if sys.argv[1] == "export":
     from kd_yolo.export import export
     export(sys.argv[2], "openvino", out=sys.argv[3])
+elif sys.argv[1] == "open":
+    from pathlib import Path
+    from kd_yolo.runtimes import open_session
+    open_session(Path(sys.argv[3]))
 else:
     import openvino
 print("messages:", len(sent))
 """
 
 
-@pytest.mark.parametrize("what", ["import", "export"])
-def test_no_telemetry__an_export_sends_nothing(tmp_path: Path, what: str) -> None:
+def test_no_telemetry__export_and_open_send_nothing(tmp_path: Path) -> None:
     """The import alone, without the switch, does: so the watch works."""
     need("openvino")
     pytest.importorskip("openvino_telemetry")
     services = {"CI", SWITCH, "JENKINS_URL"}
     environment = {key: value for key, value in os.environ.items() if key not in services} | {"HOME": str(tmp_path)}
-    words = [sys.executable, "-c", WATCHED, what, str(source()), str(tmp_path / "x_openvino_model")]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    count = int(done.stdout.rsplit("messages:", 1)[1])
-    assert (count > 0) == (what == "import")
-    assert (tmp_path / "x_openvino_model").exists() == (what == "export")
+    counts = {}
+    for what in ("import", "export", "open"):
+        words = [sys.executable, "-c", WATCHED, what, str(source()), str(tmp_path / "x_openvino_model")]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        counts[what] = int(done.stdout.rsplit("messages:", 1)[1])
+    assert counts["import"] > 0
+    assert counts["export"] == counts["open"] == 0
 
 
 @pytest.mark.parametrize("before", [None, "True"])

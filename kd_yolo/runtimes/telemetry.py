@@ -1,4 +1,4 @@
-"""Keep Intel's usage telemetry quiet while an export runs."""
+"""Keep Intel's usage telemetry quiet."""
 
 from __future__ import annotations
 
