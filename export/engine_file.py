@@ -36,10 +36,10 @@ def make_engine(work: Work) -> Made:
 
 
 def _runs_here(compute_capability: str) -> bool:
-    """Return whether this machine has a GPU of a compute capability such as ``8.6``."""
+    """Return whether the first GPU, on which engines are proven, has a compute capability such as ``8.6``."""
     import torch
 
     if not torch.cuda.is_available():
         return False
     wanted = tuple(int(part) for part in compute_capability.split("."))
-    return any(torch.cuda.get_device_capability(index) == wanted for index in range(torch.cuda.device_count()))
+    return bool(torch.cuda.get_device_capability(0) == wanted)

@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from kd_yolo.errors import ConfigError, ExportError
 from kd_yolo.files import written_aside
 from kd_yolo.images import spread
+from kd_yolo.runtimes.base import METADATA_KEY
 
-METADATA_KEY = "kd_yolo"
 CPU, TENSORRT = "cpu", "tensorrt"
 
 

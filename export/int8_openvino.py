@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from kd_yolo.errors import BackendMissingError, ExportError
 from kd_yolo.files import folder_aside, written_aside
 from kd_yolo.images import spread
+from kd_yolo.runtimes.base import METADATA_KEY
 
-METADATA_KEY = "kd_yolo"
 PLACING_IMAGES = 8  # NNCF places the quantizers; the ranges are ours, so that it need not see all images each time
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}  # a CPU with bfloat16 would otherwise measure the layers in bfloat16
 

@@ -201,8 +201,8 @@ def _check_int8(format: Format, precision: str, data: Any, max_drop: float, cali
     if isinstance(max_drop, bool) or not isinstance(max_drop, int | float) or not 0 <= max_drop <= 100:
         raise ConfigError(f"max_drop={max_drop}: must be points of mAP50-95 from 0 to 100")
     count = calibration_images
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise ConfigError(f"calibration_images={count}: must be a whole number of at least 1")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 8):
+        raise ConfigError(f"calibration_images={count}: must be a whole number of at least 8")
     if precision != "int8":
         for key, there in (("max_drop", max_drop != MAX_DROP), ("calibration_images", count is not None)):
             if there:

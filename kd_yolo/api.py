@@ -168,7 +168,8 @@ class KDYOLO(YOLO):
 
         if kwargs.get("data"):
             kwargs["data"] = str(resolve_dataset(str(kwargs["data"])))
-        return benchmark([str(self.ckpt_path or self.model_name), *map(str, others)], **kwargs)
+        files = [str(self.ckpt_path or self.model_name), *map(str, others)]
+        return benchmark(files, **{"trust": self._trust, **kwargs})
 
     def _load(self, weights: str, task: str | None = None) -> None:
         """Load a checkpoint as Ultralytics does; describe an exported file, which is opened when it is run."""

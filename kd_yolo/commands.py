@@ -37,7 +37,7 @@ class ExportKeys(Strict):
     target: str | None = None
     nms: bool = False
     nms_free: bool | None = None
-    opset: int | None = Field(default=None, ge=7)
+    opset: int | None = None
     simplify: bool = True
     data: str | None = None
     split: str = "val"

@@ -67,10 +67,18 @@ def folder_aside(path: Path) -> Iterator[Path]:
                 os.replace(before, path)
             raise
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise OutputError(f"{path}: cannot be written ({_reason(error)})") from error
     finally:
-        for folder in (aside, before):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        if path.exists():  # otherwise what was there before could not be put back, and is all that there is
+            shutil.rmtree(before, ignore_errors=True)
+
+
+def _reason(error: OSError) -> str:
+    """Return what went wrong; ``shutil.copytree`` gathers one reason a file in a list."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        return str(error.args[0][0][2])
+    return error.strerror or str(error)
 
 
 def write_text(path: Path, text: str) -> None:

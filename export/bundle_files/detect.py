@@ -121,7 +121,8 @@ def open_session(model: Path, provider: str, threads: int) -> tuple[Any, str]:
         cache = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(model.parent / "tensorrt_cache")}
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 4
-        chosen = (PROVIDERS[name], cache if name == "tensorrt" else {})
+        exact = {"use_tf32": "0"} if name == "cuda" else {}  # float32 as it was proven
+        chosen = (PROVIDERS[name], cache if name == "tensorrt" else exact)
         reason = "onnxruntime could not start it; are its libraries installed?"
         try:
             session = onnxruntime.InferenceSession(str(model), options, providers=[chosen], enable_fallback=0)

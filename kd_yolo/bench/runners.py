@@ -22,8 +22,10 @@ TORCH_MODES = ("eager", "compile", "cudagraph")
 RUNTIMES = {
     "pt": (*TORCH_MODES, *(f"{mode}-fp16" for mode in TORCH_MODES)),
     "onnx": ("cpu", "cuda", "tensorrt", "openvino"),
+    "engine": ("cuda-graph",),
 }
 """What may follow the @ behind a file of a format; the first is the default of a checkpoint."""
+GPU_RUNTIMES = ("cuda", "tensorrt", "cuda-graph")
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,10 @@ def open_runner(
         from kd_yolo.bench.torch_runner import open_torch
 
         return open_torch(choice.path, choice.runtime or TORCH_MODES[0], imgsz, device, trust)
+    on_gpu = choice.runtime in GPU_RUNTIMES
+    if choice.runtime is not None and on_gpu != (device.lower() != "cpu"):
+        # Hardware, energy and estimates are recorded for the device of the benchmark.
+        raise ConfigError(f"{choice}: runs on {'a GPU; give device=0' if on_gpu else 'the CPU; give device=cpu'}")
     wanted = imgsz if imgsz is None or isinstance(imgsz, int) else list(imgsz)
     session = open_session(choice.path, wanted, batch, device, threads, choice.runtime)
     return SessionRunner(choice.path, session)

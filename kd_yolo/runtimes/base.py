@@ -47,7 +47,7 @@ class Session(ABC):
     @property
     def fixed_batch(self) -> int | None:
         """Images that a call of ``infer`` takes, no more and no fewer, or None for any number."""
-        return None if self.description.dynamic else self.description.batch
+        return None if self.description.any_batch else self.description.batch
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Run the graph on any number of images: in portions of its fixed batch, the last one padded with zeros.

@@ -49,6 +49,11 @@ class Description:
     head: str
     own: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def any_batch(self) -> bool:
+        """Whether a call may hold any number of images; an NMS inside is unrolled over the exported batch."""
+        return self.dynamic and self.head != "nms inside"
+
     def check(self, name: str | Path, imgsz: Any = None, batch: int | None = None) -> tuple[int, int]:
         """Return the canvas that a call will use.
 
@@ -62,6 +67,10 @@ class Description:
         """
         canvas = self.canvas if imgsz is None else check_canvas(imgsz, self.stride)
         if self.dynamic:
+            if not self.any_batch and batch is not None and batch > self.batch:
+                raise ConfigError(
+                    f"{name}: its NMS takes at most {self.batch} images; use batch={self.batch} or export it again"
+                )
             return canvas
         if canvas != self.canvas:
             height, width = self.canvas

@@ -73,7 +73,9 @@ def _options(name: str, device: str) -> dict[str, Any]:
     if name not in {"cuda", "tensorrt"}:
         return {}
     chosen = parse_device("cuda" if str(device).lower() == "cpu" else device)
-    return {"device_id": chosen.index or 0}
+    found: dict[str, Any] = {"device_id": chosen.index or 0}
+    # float32 means float32: TensorFloat-32 has ten bits and is on unless told.
+    return found | {"use_tf32": "0"} if name == "cuda" else found
 
 
 def _open(path: Path, provider: str, provider_options: dict[str, Any], threads: int | None) -> Any:

@@ -73,7 +73,7 @@ def open_session(
     openvino = _openvino(path)
     core = openvino.Core()
     name = _device(device, core.available_devices, path)
-    fixed_batch = None if description.dynamic else description.batch
+    fixed_batch = None if description.any_batch else description.batch
     try:
         model = core.read_model(str(folder_file(path, "*.xml")))
         check_signature(description, _shapes(model.inputs), _shapes(model.outputs), path)

@@ -185,11 +185,20 @@ def test_nms_free__as_the_checkpoint(
     assert validate(path, judged, tmp_path) == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize("keys", [{}, {"dynamic": True, "batch": 2}], ids=["fixed", "dynamic"])
 def test_nms_inside__as_the_checkpoint(
-    exported: Export, checkpoints: dict[bool, Path], images: list[str], judged: Path, tmp_path: Path
+    exported: Export,
+    checkpoints: dict[bool, Path],
+    images: list[str],
+    judged: Path,
+    tmp_path: Path,
+    keys: dict[str, Any],
 ) -> None:
-    """The file holds Ultralytics' thresholds of predict: val sees fewer weak boxes than a checkpoint gives it."""
-    path = exported("onnx", nms=True)
+    """The file holds Ultralytics' thresholds of predict: val sees fewer weak boxes than a checkpoint gives it.
+
+    Its NMS is unrolled over the batch it was exported with: a dynamic one leaves the images beyond that empty.
+    """
+    path = exported("onnx", nms=True, **keys)
     check_same(predict(path, images, batch=3), predict(checkpoints[True], images, imgsz=64))
     assert validate(path, judged, tmp_path)[1] > 0.2
 

@@ -159,6 +159,14 @@ def test_open_runner__needs_a_gpu(tiny_checkpoint: Path, runtime: str) -> None:
         open_runner(Choice(tiny_checkpoint, runtime), 64, 1, "cpu")
 
 
+@pytest.mark.parametrize("runtime", ["cuda", "tensorrt"])
+def test_open_runner__records_say_the_cpu_so_nothing_runs_on_a_gpu(graph: Path, runtime: str) -> None:
+    with pytest.raises(ConfigError, match=f"@{runtime}: runs on a GPU; give device=0"):
+        open_runner(Choice(graph, runtime), 64, 1, "cpu")
+    with pytest.raises(ConfigError, match="@cpu: runs on the CPU; give device=cpu"):
+        open_runner(Choice(graph, "cpu"), 64, 1, "0")
+
+
 def test_runner__a_runtime_that_fell_back_is_an_error(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class FallenBack:
         def __init__(self, *args: Any, **keys: Any) -> None:

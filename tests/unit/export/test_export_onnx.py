@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kd_yolo.export.gate as gate
 import kd_yolo.export.onnx_file as onnx_file
 import numpy as np
 import onnx
@@ -152,11 +153,15 @@ def change_one_weight(path: Path) -> None:
     onnx.save(graph, path)
 
 
+@pytest.mark.parametrize("by", ["weights", "outputs"])
 @pytest.mark.parametrize("keys", [{}, {"nms_free": True}, {"nms": True}, {"dynamic": True}], ids=str)
 def test_export__one_corrupted_weight_is_refused(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], by: str
 ) -> None:
+    """By the comparison of weights, and by that of outputs without it."""
     right = onnx_file.run_stock_exporter
+    if by == "outputs":
+        monkeypatch.setattr(gate, "_prove_weights", lambda *_: None)
 
     def corrupt(*args: Any, **keys: Any) -> Path:
         path: Path = right(*args, **keys)
@@ -164,9 +169,8 @@ def test_export__one_corrupted_weight_is_refused(
         return path
 
     monkeypatch.setattr(onnx_file, "run_stock_exporter", corrupt)
-    with pytest.raises(
-        ExportError, match=r"small\.onnx: not written, the graph is not the model: .*differ by \d"
-    ) as caught:
+    reason = {"weights": r"model\.0\.conv: a weight differs by 0\.1", "outputs": r".*differ by \d"}[by]
+    with pytest.raises(ExportError, match=rf"small\.onnx: not written, the graph is not the model: {reason}") as caught:
         export(tiny_checkpoint, out=tmp_path / "small.onnx", **keys)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
