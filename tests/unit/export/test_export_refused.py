@@ -59,10 +59,11 @@ def test_export__one_corrupted_weight_is_refused(
 
 
 def test_export__metadata_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = exported("onnx")
+    right, entry = exported("onnx"), pipeline._own_entry
+    monkeypatch.setattr(pipeline, "_own_entry", lambda *words: entry(*words) | {"source_sha256": "another"})
     monkeypatch.setattr(pipeline, "_make", lambda work: Made(right.path, right.facts, right.path))
     with pytest.raises(ExportError, match=r"wrong\.onnx: not written, its metadata is wrong: own is"):
-        export(source(), out=tmp_path / "wrong.onnx")  # says another time of making
+        export(source(), out=tmp_path / "wrong.onnx")
     monkeypatch.setattr(
         pipeline, "_make", lambda work: Made(work.folder / "gone.onnx", right.facts, work.folder / "gone.onnx")
     )
