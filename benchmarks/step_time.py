@@ -30,8 +30,9 @@ from ultralytics.nn.tasks import DetectionModel
 from kd_yolo.config import parse_pairs
 from kd_yolo.distill.base import build_method
 from kd_yolo.distill.model import KDModel
-from kd_yolo.distill.taps import common_strides, describe
+from kd_yolo.distill.taps import common_strides, describe, head_strides
 from kd_yolo.distill.teacher import map_classes, prepare_teacher
+from kd_yolo.distill.teachers.detect import DetectTeacher
 from kd_yolo.files import write_json, write_text
 
 DEFAULTS = {"student": "yolo26n.yaml", "teacher": "yolo26s.yaml", "imgsz": 224, "batch": 16, "rounds": 25}
@@ -79,9 +80,9 @@ def make_step(variant: str, values: dict[str, Any]) -> Step:
     if variant == "stock":
         model = DistillationModel(teacher_model=copy.deepcopy(teacher), student_model=student)
     else:
-        ready = prepare_teacher(teacher, map_classes(names, names))
-        strides = common_strides(student, ready)
-        method = build_method(variant, {}, describe(student, strides), describe(ready, strides))
+        ready = DetectTeacher(prepare_teacher(teacher, map_classes(names, names)))
+        strides = common_strides(head_strides(student), ready.strides)
+        method = build_method(variant, {}, describe(student, strides), ready.describe(strides))
         model = KDModel(ready, student, method)
     model.train()
     batch = make_batch(int(values["batch"]), int(values["imgsz"]))

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,10 +36,15 @@ class LevelSpec:
     Attributes:
         channels: Channels C_l of the neck map that enters the head.
         stride: Input pixels per cell.
+        cls_channels: Channels of the head's class branch before block 1 (= ``channels``) and after each block; empty
+            for a detector without such a branch.
+        box_channels: The same of its box branch.
     """
 
     channels: int
     stride: int
+    cls_channels: tuple[int, ...] = ()
+    box_channels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,25 @@ class DetectorSpec:
 
 
 @dataclass(frozen=True)
+class HeadTaps:
+    """The inside of one detector's one-to-many head, for methods that cross from one head into another.
+
+    Attributes:
+        cls: Output of block k of the class branch before its activation, L maps of (B, C, H_l, W_l); k = 0: neck maps.
+        box: The same of the box branch.
+        activate: The activation after block k; the identity for k = 0.
+        cls_tail: What follows: maps of activated holds, (B, C, H_l, W_l), to class logits, (B, K, H_l, W_l); L of them.
+        box_tail: The same for boxes, (B, 4 R, H_l, W_l).
+    """
+
+    cls: tuple[Tensor, ...]
+    box: tuple[Tensor, ...]
+    activate: Callable[[Tensor], Tensor]
+    cls_tail: tuple[Callable[[Tensor], Tensor], ...]
+    box_tail: tuple[Callable[[Tensor], Tensor], ...]
+
+
+@dataclass(frozen=True)
 class Taps:
     """What was read from one detector in one forward pass, levels already matched by stride.
 
@@ -69,6 +93,7 @@ class Taps:
         strides: Stride of every anchor in pixels, (A,).
         anchors: Anchor centres in units of the stride, (A, 2), x before y.
         class_mask: (K,) booleans, True where the teacher knows the student's class; None means all.
+        head: The inside of the head, when the method reads it and the detector has one.
     """
 
     neck: tuple[Tensor, ...]
@@ -78,6 +103,7 @@ class Taps:
     anchors: Tensor
     scores_one2one: Tensor | None = None
     class_mask: Tensor | None = None
+    head: HeadTaps | None = None
 
 
 class DistillMethod(nn.Module, ABC):
@@ -88,12 +114,16 @@ class DistillMethod(nn.Module, ABC):
     zero_at_equality: ClassVar[bool] = True
     # Arguments under which no detached factor depends on the student: there a numeric gradient equals the analytic one.
     gradcheck_args: ClassVar[Mapping[str, Any]] = {}
+    # Whether the loss uses statistics over the whole batch, so that repeating every image may change it.
+    batch_statistics: ClassVar[bool] = False
 
     # Set by a subclass's __init__ when it differs: the names that forward() returns, always all of them ...
     terms: tuple[str, ...]
     # ... and what it reads of the TEACHER; the rest of the teacher's head is then not computed at all and arrives as
-    # an empty tensor. Of "neck", "scores", "boxes", "scores_one2one".
+    # an empty tensor. Of "neck", "scores", "boxes", "scores_one2one", "head". With "head" both detectors' are tapped.
     reads: frozenset[str] = frozenset({"neck", "scores", "boxes"})
+    # The block k after which the heads are tapped, when "head" is read.
+    hold: int = 1
 
     def __init__(self, args: MethodArgs, student: DetectorSpec, teacher: DetectorSpec) -> None:
         """Store the arguments; a subclass builds its adapters and refuses what it cannot work with."""
@@ -109,7 +139,10 @@ class DistillMethod(nn.Module, ABC):
         Args:
             student: Taps that carry gradients.
             teacher: Taps without gradients.
-            batch: The training batch. ``batch["fg_mask"]`` (B, A), when present, marks the assigner's foreground.
+            batch: The training batch. Ground truth: ``bboxes`` (N, 4), centre x, centre y, width, height in 0..1 of the
+                canvas; ``cls`` (N, 1); ``batch_idx`` (N,), the image of each box. From the student's assigner, when it
+                ran: ``fg_mask`` (B, A) booleans, ``target_labels`` (B, A) class numbers, ``target_scores`` (B, A, K)
+                alignment weights. Any of them may be missing: a method must then still give a finite loss.
         """
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,16 @@ from ultralytics.utils.torch_utils import copy_attr
 
 from kd_yolo.distill.balance import balance_factors
 from kd_yolo.distill.base import DistillMethod, Taps
-from kd_yolo.distill.taps import common_strides, detect_head, select_anchors, student_taps, teacher_taps
+from kd_yolo.distill.taps import (
+    common_strides,
+    detect_head,
+    head_strides,
+    head_taps,
+    held_in_head,
+    select_anchors,
+    student_taps,
+)
+from kd_yolo.distill.teachers.base import Teacher
 from kd_yolo.errors import DistillationError
 
 
@@ -39,29 +49,29 @@ class KDModel(DistillationModel):
 
     def __init__(
         self,
-        teacher: DetectionModel,
+        teacher: Teacher,
         student: DetectionModel,
         method: DistillMethod,
-        class_known: Tensor | None = None,
         balance: float | None = None,
     ) -> None:
         """Wrap prepared models.
 
         Args:
-            teacher: Frozen detector in eval mode that already speaks the student's classes.
+            teacher: Frozen teacher that already speaks the student's classes.
             student: Detector to train.
             method: Built for these two.
-            class_known: (K,) booleans, False where the teacher lacks the class; None means all known.
             balance: Gradient ratio, or None to use the method's own weights.
+
+        Raises:
+            TeacherError: They share no level.
         """
         nn.Module.__init__(self)  # not the parent's: its hooks, projector and dummy forward are what this class avoids
         device = next(student.parameters()).device
         copy_attr(self, student)
         self.student_model: DetectionModel = student
         self.projector: DistillMethod = method.to(device)
-        self._teacher: tuple[DetectionModel, ...] = (teacher.eval().to(device),)  # a tuple hides it from nn.Module
-        self.class_known = None if class_known is None else class_known.to(device)
-        self.strides = common_strides(student, teacher)
+        self._teacher: tuple[Teacher, ...] = (teacher.eval().to(device),)  # a tuple hides it from nn.Module
+        self.strides = common_strides(head_strides(student), teacher.strides)
         self.reads = method.reads
         self.term_names = tuple(f"{name}_loss" for name in method.terms)
         self.factor = 1.0
@@ -69,18 +79,19 @@ class KDModel(DistillationModel):
         self.balance_factors: dict[str, float] = {}
         self.balance_due = False
         self._checked = False
-        self._foreground: Tensor | None = None
+        self._targets: dict[str, Tensor] = {}
+        self._held: dict[nn.Module, Tensor] = {}
         self._watched: Any = None
         self.feats_idx = self.get_distill_layers(student)
-        self.teacher_feats_idx = self.get_distill_layers(teacher)
+        self.teacher_feats_idx: list[int] = []  # upstream's; a teacher here need not have layers
 
     @property
-    def teacher_model(self) -> DetectionModel | None:
+    def teacher_model(self) -> Teacher | None:
         """The frozen teacher, or None in copies (EMA, checkpoints)."""
         return self._teacher[0] if self._teacher else None
 
     @teacher_model.setter
-    def teacher_model(self, value: DetectionModel | None) -> None:
+    def teacher_model(self, value: Teacher | None) -> None:
         self._teacher = () if value is None else (value,)
 
     def loss(self, batch: Mapping[str, Any], preds: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -107,10 +118,13 @@ class KDModel(DistillationModel):
         images = batch["img"]
         self._watch_assigner()
         with torch.no_grad():  # before the student, so that the teacher's activations are gone when the student's peak
-            teacher = teacher_taps(self._teacher[0], images, self.reads, self.strides)
-        preds = self.student_model(images)
+            teacher = self._teacher[0].taps(images, self.reads, self.strides, self.projector.hold)
+        with held_in_head(detect_head(self.student_model), self.projector.hold if "head" in self.reads else 0) as held:
+            preds = self.student_model(images)
+        self._held = held
         regular, items = self.student_model.loss(batch, preds)
         terms = self.distill_terms(preds, batch, teacher)
+        self._held = {}  # it holds on to the graph
         if self.balance_due:
             self._balance(terms, regular.sum() / images.shape[0], preds)
         terms = {name: value * self.balance_factors.get(name, 1.0) for name, value in terms.items()}
@@ -123,8 +137,14 @@ class KDModel(DistillationModel):
     def distill_terms(self, preds: Mapping[str, Any], batch: Mapping[str, Any], teacher: Taps) -> dict[str, Tensor]:
         """Return the method's named losses for training outputs of the student, in float32."""
         images = batch["img"]
-        teacher = self._float(teacher, self.class_known)
-        student = self._float(student_taps(preds, detect_head(self.student_model), self.strides), None)
+        head = detect_head(self.student_model)
+        known = None if self.teacher_model is None else self.teacher_model.class_known
+        teacher = self._float(teacher, known)
+        student = student_taps(preds, head, self.strides)
+        if "head" in self.reads:
+            hold = self.projector.hold
+            student = replace(student, head=head_taps(head, student.neck, self._held, hold, self.strides))
+        student = self._float(student, None)
         for mine, theirs in zip(student.neck, teacher.neck, strict=True):
             if mine.shape[-2:] != theirs.shape[-2:]:
                 raise DistillationError(
@@ -132,7 +152,7 @@ class KDModel(DistillationModel):
                     f"{tuple(mine.shape[-2:])} for images {tuple(images.shape[-2:])}"
                 )
         with torch.autocast(images.device.type, enabled=False):
-            return self.projector(student, teacher, {**batch, **self._foreground_mask(preds)})
+            return self.projector(student, teacher, {**batch, **self._assigned(preds)})
 
     def fuse(self, verbose: bool = True, imgsz: int | list[int] = 640) -> nn.Module:
         """Return the fused student; the wrapper is for training only."""
@@ -143,8 +163,6 @@ class KDModel(DistillationModel):
         device = next(self.student_model.parameters()).device
         for teacher in self._teacher:
             teacher.to(device)  # device only: its precision is decided where it is prepared
-        if self.class_known is not None:
-            self.class_known = self.class_known.to(device)
         return self
 
     def _freeze_teacher(self) -> None:
@@ -158,7 +176,8 @@ class KDModel(DistillationModel):
         """Leave the teacher out of every copy and checkpoint."""
         state = self.__dict__.copy()
         state["_teacher"] = ()
-        state["_foreground"] = None
+        state["_targets"] = {}
+        state["_held"] = {}
         state["_watched"] = None
         return state
 
@@ -166,7 +185,11 @@ class KDModel(DistillationModel):
         self.__dict__.update(state)
 
     def _float(self, taps: Taps, class_known: Tensor | None) -> Taps:
+        head = taps.head
+        if head is not None:
+            head = replace(head, cls=tuple(x.float() for x in head.cls), box=tuple(x.float() for x in head.box))
         return Taps(
+            head=head,
             neck=tuple(x.float() for x in taps.neck),
             scores=taps.scores.float(),
             boxes=taps.boxes.float(),
@@ -177,7 +200,7 @@ class KDModel(DistillationModel):
         )
 
     def _watch_assigner(self) -> None:
-        """Keep the foreground that the student's own loss assigns; assigning a second time would cost as much again."""
+        """Keep what the student's own loss assigns; assigning a second time would cost as much again."""
         if getattr(self.student_model, "criterion", None) is None:
             self.student_model.criterion = self.student_model.init_criterion()
         criterion = self.student_model.criterion
@@ -186,18 +209,25 @@ class KDModel(DistillationModel):
         self._watched = criterion
         assigner = getattr(criterion, "one2many", criterion).assigner
 
-        def keep_foreground(module: nn.Module, inputs: Any, outputs: Any) -> None:
-            self._foreground = outputs[3].detach()
+        def keep_targets(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            labels, _, scores, foreground = (x.detach() for x in outputs[:4])
+            self._targets = {
+                "fg_mask": foreground.bool(),
+                "target_labels": labels.long(),
+                "target_scores": scores.float(),
+            }
 
-        assigner.register_forward_hook(keep_foreground)
+        assigner.register_forward_hook(keep_targets)
 
-    def _foreground_mask(self, preds: Mapping[str, Any]) -> dict[str, Tensor]:
-        if self._foreground is None:
-            return {}
-        head = detect_head(self.student_model)
-        feats = preds.get("one2many", preds)["feats"]
-        mask = select_anchors(self._foreground, feats, [int(s) for s in head.stride], self.strides)
-        return {"fg_mask": mask.bool()}
+    def _assigned(self, preds: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the assigner's foreground, labels and scores at the matched strides, see ``DistillMethod.forward``."""
+        feats, own = preds.get("one2many", preds)["feats"], head_strides(self.student_model)
+        chosen = {}
+        for name, values in self._targets.items():
+            last = values.transpose(1, 2) if values.ndim == 3 else values
+            kept = select_anchors(last, feats, own, self.strides)
+            chosen[name] = kept.transpose(1, 2) if values.ndim == 3 else kept
+        return chosen
 
     def _balance(self, terms: Mapping[str, Tensor], task_loss: Tensor, preds: Mapping[str, Any]) -> None:
         assert self.balance is not None

@@ -6,7 +6,9 @@ to the head and then only the head branches that the method reads: no decode, no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.tal import make_anchors
 
-from kd_yolo.distill.base import DetectorSpec, LevelSpec, Taps
+from kd_yolo.distill.base import DetectorSpec, HeadTaps, LevelSpec, Taps
 from kd_yolo.errors import TeacherError
 
 
@@ -39,22 +41,31 @@ def describe(model: DetectionModel, strides: Sequence[int] | None = None) -> Det
         strides: Keep only the levels of these strides, in this order; None keeps all.
     """
     head = detect_head(model)
-    channels = {int(s): int(branch[0].conv.in_channels) for s, branch in zip(head.stride, head.cv2, strict=True)}
-    levels = tuple(LevelSpec(channels[s], s) for s in (strides or channels))
-    return DetectorSpec(levels=levels, num_classes=int(head.nc), reg_max=int(head.reg_max))
+    levels = {
+        int(stride): LevelSpec(int(box[0].conv.in_channels), int(stride), _branch_channels(cls), _branch_channels(box))
+        for stride, cls, box in zip(head.stride, head.cv3, head.cv2, strict=True)
+    }
+    chosen = tuple(levels[s] for s in (strides or levels))
+    return DetectorSpec(levels=chosen, num_classes=int(head.nc), reg_max=int(head.reg_max))
 
 
-def common_strides(student: DetectionModel, teacher: DetectionModel) -> list[int]:
-    """Return the strides both detectors have, finest first.
+def common_strides(student: Sequence[int], teacher: Sequence[int]) -> list[int]:
+    """Return the strides that both detectors have, finest first.
 
     Raises:
         TeacherError: They share none.
     """
-    mine, theirs = ([int(s) for s in detect_head(model).stride] for model in (student, teacher))
-    shared = sorted(set(mine) & set(theirs))
+    shared = sorted(set(student) & set(teacher))
     if not shared:
-        raise TeacherError(f"no common feature level: the student has strides {mine}, the teacher {theirs}")
+        raise TeacherError(
+            f"no common feature level: the student has strides {list(student)}, the teacher {list(teacher)}"
+        )
     return shared
+
+
+def head_strides(model: DetectionModel) -> list[int]:
+    """Return the strides of a detector's levels in pixels, in its own order."""
+    return [int(s) for s in detect_head(model).stride]
 
 
 def student_taps(preds: Mapping[str, Any], head: Detect, strides: Sequence[int]) -> Taps:
@@ -72,14 +83,17 @@ def student_taps(preds: Mapping[str, Any], head: Detect, strides: Sequence[int])
     )
 
 
-def teacher_taps(teacher: DetectionModel, images: Tensor, reads: frozenset[str], strides: Sequence[int]) -> Taps:
+def teacher_taps(
+    teacher: DetectionModel, images: Tensor, reads: frozenset[str], strides: Sequence[int], hold: int = 1
+) -> Taps:
     """Run a frozen teacher up to what a method reads.
 
     Args:
         teacher: A detector in eval mode.
         images: (B, 3, H, W) in 0..1.
-        reads: What to compute, of ``neck``, ``scores``, ``boxes``, ``scores_one2one``.
+        reads: What to compute, of ``neck``, ``scores``, ``boxes``, ``scores_one2one``, ``head``.
         strides: The matched strides.
+        hold: Block k after which the head is tapped when ``head`` is read.
     """
     if images.device.type in {"cpu", "cuda"}:  # Ultralytics found this layout numerically wrong on MPS
         images = images.contiguous(memory_format=torch.channels_last)
@@ -90,11 +104,77 @@ def teacher_taps(teacher: DetectionModel, images: Tensor, reads: frozenset[str],
         return torch.cat([layer(x).flatten(2) for layer, x in zip(layers, feats, strict=True)], dim=-1)
 
     nothing = images.new_zeros(images.shape[0], 0, sum(int(x.shape[-2] * x.shape[-1]) for x in feats))
-    scores = branch(head.cv3) if "scores" in reads else nothing
-    boxes = branch(head.cv2) if "boxes" in reads else nothing
+    with held_in_head(head, hold if "head" in reads else 0) as held:
+        scores = branch(head.cv3) if reads & {"scores", "head"} else nothing
+        boxes = branch(head.cv2) if reads & {"boxes", "head"} else nothing
     one2one_layers = getattr(head, "one2one_cv3", None)
     one2one = branch(one2one_layers) if one2one_layers is not None and "scores_one2one" in reads else None
-    return _select(feats, scores, boxes, one2one, head, strides)
+    taps = _select(feats, scores, boxes, one2one, head, strides)
+    return replace(taps, head=head_taps(head, taps.neck, held, hold, strides)) if "head" in reads else taps
+
+
+@contextmanager
+def held_in_head(head: Detect, hold: int) -> Iterator[dict[nn.Module, Tensor]]:
+    """Catch what block ``hold`` of every one-to-many head branch gives to its activation, while the context is open.
+
+    The activation is one in-place module that all convolutions share, so the block around it tells whose call it is,
+    and what it gets is copied before it is overwritten. The hooks are gone afterwards: a hook that stays would be
+    pickled into every checkpoint. With ``hold`` 0 nothing is caught.
+
+    Yields:
+        Pre-activation maps (B, C, H_l, W_l) by their block, filled by the forward pass.
+    """
+    held: dict[nn.Module, Tensor] = {}
+    if hold == 0:
+        yield held
+        return
+    inside: list[nn.Module] = []
+    blocks = {_last_convolution(branch[hold - 1]): branch[hold - 1] for branch in (*head.cv2, *head.cv3)}
+
+    def enter(block: nn.Module, inputs: Any) -> None:
+        inside.append(block)
+
+    def leave(block: nn.Module, inputs: Any, output: Any) -> None:
+        inside.pop()
+
+    def keep(activation: nn.Module, inputs: Any) -> None:
+        if inside:
+            held[blocks[inside[-1]]] = inputs[0].clone()
+
+    handles = [block.register_forward_pre_hook(enter) for block in blocks]
+    handles += [block.register_forward_hook(leave) for block in blocks]
+    handles += [act.register_forward_pre_hook(keep) for act in {block.act for block in blocks}]
+    try:
+        yield held
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def head_taps(
+    head: Detect, neck: Sequence[Tensor], held: Mapping[nn.Module, Tensor], hold: int, strides: Sequence[int]
+) -> HeadTaps:
+    """Return what ``held_in_head`` caught, level by level, and the layers that follow.
+
+    Args:
+        head: The head that ran.
+        neck: Its input maps at the matched strides.
+        held: What was caught.
+        hold: Block k.
+        strides: The matched strides.
+    """
+    own = [int(s) for s in head.stride]
+    cls, box = ([branches[own.index(s)] for s in strides] for branches in (head.cv3, head.cv2))
+
+    def holds(branches: Sequence[nn.Sequential]) -> tuple[Tensor, ...]:
+        return tuple(held[branch[hold - 1]] for branch in branches) if hold else tuple(neck)
+
+    def tails(branches: Sequence[nn.Sequential]) -> tuple[Callable[[Tensor], Tensor], ...]:
+        return tuple(branch[hold:] for branch in branches)
+
+    # Not the module itself: it writes in place.
+    activate = type(_last_convolution(cls[0][hold - 1]).act)() if hold else nn.Identity()
+    return HeadTaps(holds(cls), holds(box), activate, tails(cls), tails(box))
 
 
 def neck_maps(model: DetectionModel, images: Tensor) -> list[Tensor]:
@@ -119,6 +199,17 @@ def select_anchors(
         return values
     parts = dict(zip(head_strides, values.split([int(x.shape[-2] * x.shape[-1]) for x in feats], dim=-1), strict=True))
     return torch.cat([parts[s] for s in strides], dim=-1)
+
+
+def _last_convolution(block: nn.Module) -> Any:
+    """Return the convolution of a head block that ends it, the one with the activation."""
+    return [module for module in block.modules() if isinstance(getattr(module, "act", None), nn.Module)][-1]
+
+
+def _branch_channels(branch: nn.Sequential) -> tuple[int, ...]:
+    """Return the channels that enter a head branch and those that leave each block, without the predictor."""
+    first = next(module for module in branch[0].modules() if isinstance(module, nn.Conv2d))
+    return (first.in_channels, *(int(_last_convolution(block).conv.out_channels) for block in branch[:-1]))
 
 
 def _select(

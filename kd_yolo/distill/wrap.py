@@ -12,8 +12,9 @@ from ultralytics.utils import LOGGER
 from kd_yolo.config import Recipe
 from kd_yolo.distill.base import build_method
 from kd_yolo.distill.model import KDModel
-from kd_yolo.distill.taps import common_strides, describe
+from kd_yolo.distill.taps import common_strides, describe, head_strides
 from kd_yolo.distill.teacher import load_teacher, map_classes, prepare_teacher
+from kd_yolo.distill.teachers.detect import DetectTeacher
 from kd_yolo.errors import TeacherError
 from kd_yolo.files import sha256
 
@@ -39,12 +40,13 @@ def wrap_student(student: DetectionModel, recipe: Recipe, names: Mapping[int, st
         if sha256(path) != recipe.teacher_sha256:
             raise TeacherError(f"{path}: changed since this run began; restore it or start a new run")
         class_map = map_classes(names, model.names)
-        teacher = prepare_teacher(model, class_map)
-        strides = common_strides(student, teacher)
-        method = build_method(
-            recipe.method, recipe.args, describe(student, strides), describe(teacher, strides), seed=seed
-        )
         known = None if not class_map.missing else torch.tensor([i >= 0 for i in class_map.index])
-        wrapped = KDModel(teacher, student, method, class_known=known, balance=recipe.balance)
+        teacher = DetectTeacher(prepare_teacher(model, class_map), known)
+        strides = common_strides(head_strides(student), teacher.strides)
+        method = build_method(
+            recipe.method, recipe.args, describe(student, strides), teacher.describe(strides), seed=seed
+        )
+        teacher.check_reads(recipe.method, method.reads)
+        wrapped = KDModel(teacher, student, method, balance=recipe.balance)
     LOGGER.info(f"KD: method {recipe.method}, teacher {path}; {class_map.describe()}; levels at strides {strides}")
     return wrapped

@@ -16,7 +16,7 @@ from kd_yolo.config import MethodFile, TrainConfig, stock_keys, validate
 from kd_yolo.data.validate import validate_for_training
 from kd_yolo.distill.base import load_method, parse_args
 from kd_yolo.distill.schedule import Schedule
-from kd_yolo.distill.taps import common_strides
+from kd_yolo.distill.taps import common_strides, head_strides
 from kd_yolo.distill.teacher import load_teacher, map_classes, prepare_teacher
 from kd_yolo.errors import ConfigError, TeacherError
 from kd_yolo.nn.student import StudentSpec, student_spec
@@ -134,7 +134,7 @@ def check_teacher(
     names = load_yaml(data)["names"]
     names = dict(enumerate(names)) if isinstance(names, list) else {int(k): str(v) for k, v in names.items()}
     class_map = map_classes(names, model.names)
-    common_strides(student.build(nc=len(names)), model)
+    common_strides(head_strides(student.build(nc=len(names))), head_strides(model))
     trained_at = (checkpoint.get("train_args") or {}).get("imgsz")
     if isinstance(trained_at, int) and trained_at != imgsz and not config.allow_other_canvas:
         raise TeacherError(

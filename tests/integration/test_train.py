@@ -267,7 +267,7 @@ def test_batch_probe__runs_the_teacher(wrapped: KDModel, monkeypatch: pytest.Mon
     """AutoBatch measures the probe; a probe without the teacher would overfill the memory."""
     ran: list[int] = []
     assert wrapped.teacher_model is not None
-    wrapped.teacher_model.model[0].register_forward_hook(lambda *_: ran.append(1))
+    wrapped.teacher_model.model.model[0].register_forward_hook(lambda *_: ran.append(1))
     probe = copy.deepcopy(BatchProbe(wrapped, boxes_per_image=4))
     assert probe.names == wrapped.names
     probe(torch.rand(2, 3, 64, 64)).sum().backward()

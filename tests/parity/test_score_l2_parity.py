@@ -13,7 +13,7 @@ from ultralytics.nn.tasks import DetectionModel
 
 from kd_yolo.distill.base import build_method
 from kd_yolo.distill.methods.score_l2 import ScoreL2
-from kd_yolo.distill.taps import common_strides, describe, detect_head, student_taps, teacher_taps
+from kd_yolo.distill.taps import common_strides, describe, detect_head, head_strides, student_taps, teacher_taps
 
 PAIRS = [
     ("yolo26n.yaml", "yolo26n.yaml"),
@@ -69,7 +69,7 @@ def test_score_l2__equals_the_upstream_loss_and_gradient(student_name: str, teac
     loss, items = upstream.loss(batch)
     expected = items["dis_loss"]
 
-    strides = common_strides(student, teacher)
+    strides = common_strides(head_strides(student), head_strides(teacher))
     method = build_method("score-l2", {}, describe(student, strides), describe(teacher, strides))
     assert isinstance(method, ScoreL2)
     method.projectors.load_state_dict(upstream.projector.state_dict())
@@ -98,7 +98,7 @@ def test_score_l2__differs_from_upstream_when_the_weights_differ() -> None:
     upstream = DistillationModel(teacher, student)
     upstream.train()
     batch = a_batch(1)
-    strides = common_strides(student, teacher)
+    strides = common_strides(head_strides(student), head_strides(teacher))
     method = build_method("score-l2", {}, describe(student, strides), describe(teacher, strides), seed=9)
     expected = upstream.loss(batch)[1]["dis_loss"].item()
     with torch.no_grad():

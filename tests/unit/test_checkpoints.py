@@ -18,6 +18,7 @@ from ultralytics.utils import DEFAULT_CFG, IterableSimpleNamespace
 from kd_yolo.checkpoints import load_model
 from kd_yolo.distill.base import DetectorSpec, LevelSpec, build_method
 from kd_yolo.distill.model import KDModel
+from kd_yolo.distill.teachers.detect import DetectTeacher
 from kd_yolo.errors import CheckpointError
 from kd_yolo.nn.blocks import RepBlock
 
@@ -85,7 +86,7 @@ def test_load_model__args_are_stock_keys(tmp_path: Path) -> None:
 def test_load_model__distillation_wrapper_gives_the_student(tmp_path: Path) -> None:
     spec = DetectorSpec((LevelSpec(24, 8), LevelSpec(32, 16), LevelSpec(48, 32)), 3, 1)
     student = with_args(tiny_detector(seed=1))
-    wrapped = KDModel(tiny_detector(seed=2), student, build_method("kd-lightnet", {}, spec, spec))
+    wrapped = KDModel(DetectTeacher(tiny_detector(seed=2)), student, build_method("kd-lightnet", {}, spec, spec))
     model, _ = load_model(save_checkpoint(wrapped, tmp_path / "last.pt"))
     assert type(model) is DetectionModel
     assert torch.equal(next(model.parameters()), next(student.parameters()))

@@ -27,8 +27,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
-from ultralytics.utils.metrics import bbox_iou
-from ultralytics.utils.tal import dist2bbox
 
 from kd_yolo.distill.base import (
     DetectorSpec,
@@ -38,12 +36,11 @@ from kd_yolo.distill.base import (
     at_least_float32,
     check_same_anchors,
 )
+from kd_yolo.distill.ops.boxes import decode_boxes, distribution_loss, overlap_loss
+from kd_yolo.distill.ops.logits import bernoulli_kl, known_logits, positive, teacher_confidence
 from kd_yolo.errors import ConfigError, DistillationError, TeacherError
 
 Mode = Literal["bernoulli", "softmax_bg", "softmax"]
-
-# The logit that both sides get for a class the teacher lacks: its probability is 0 in every mode, so nothing is left.
-MASKED_LOGIT = -1e4
 
 
 class KDLightNetArgs(MethodArgs):
@@ -103,7 +100,7 @@ class KDLightNet(DistillMethod):
             return {name: torch.zeros((), device=student.scores.device) for name in self.terms}
         check_same_anchors(student.scores, teacher.scores)
         with torch.autocast(student.scores.device.type, enabled=False):
-            confidence = teacher_confidence(_known(teacher.scores.detach(), teacher.class_mask))
+            confidence = teacher_confidence(known_logits(teacher.scores.detach(), teacher.class_mask))
             losses = {}
             if "kd_cls" in self.terms:
                 weight = anchor_weight(confidence, batch.get("fg_mask"), self.args.alpha)
@@ -122,7 +119,7 @@ class KDLightNet(DistillMethod):
         return frozenset({"scores"} | boxes | one2one)
 
     def _class_loss(self, student: Tensor, teacher: Tensor, mask: Tensor | None, weight: Tensor) -> Tensor:
-        mine, theirs = _known(student, mask), _known(teacher.detach(), mask)
+        mine, theirs = known_logits(student, mask), known_logits(teacher.detach(), mask)
         return class_loss(mine, theirs, weight, self.args.tau, self.args.gamma, self.args.mode)
 
     def _one2one_loss(self, student: Taps, teacher: Taps) -> Tensor:
@@ -131,7 +128,7 @@ class KDLightNet(DistillMethod):
             side = "student" if mine is None else "teacher"
             raise TeacherError(f"kd-lightnet: one2one=true, but the {side} has no one-to-one head; set one2one=false")
         check_same_anchors(mine, theirs)
-        confidence = teacher_confidence(_known(theirs.detach(), teacher.class_mask))
+        confidence = teacher_confidence(known_logits(theirs.detach(), teacher.class_mask))
         return self._class_loss(mine, theirs, teacher.class_mask, confidence)
 
     def _box_loss(self, student: Taps, teacher: Taps, confidence: Tensor) -> Tensor:
@@ -142,11 +139,6 @@ class KDLightNet(DistillMethod):
         with torch.no_grad():
             target = decode_boxes(teacher, self.teacher_spec.reg_max)
         return overlap_loss(decode_boxes(student, self.student_spec.reg_max), target, confidence)
-
-
-def teacher_confidence(scores: Tensor) -> Tensor:
-    """Return the highest class probability of every anchor, (B, K, A) logits to (B, A)."""
-    return scores.amax(1).sigmoid()
 
 
 def anchor_weight(confidence: Tensor, foreground: Tensor | None, alpha: float) -> Tensor:
@@ -162,15 +154,6 @@ def anchor_weight(confidence: Tensor, foreground: Tensor | None, alpha: float) -
             f"fg_mask is {tuple(foreground.shape)}, but images and anchors are {tuple(confidence.shape)}"
         )
     return alpha * confidence + (1.0 - alpha) * foreground
-
-
-def bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return kb(p || q) elementwise from logits of q (student) and p (teacher).
-
-    Both tails are computed from their own logsigmoid: 1 - p would lose all digits of a confident anchor.
-    """
-    positive = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
-    return positive + (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
 
 
 def class_loss(
@@ -204,55 +187,4 @@ def class_loss(
             distance = (log_p.exp() - log_q.exp()).abs_().sum(1).div_(2)
         weight_per_term = weight
     factor = distance.pow_(gamma).mul_(weight_per_term)
-    return tau**2 * (factor * divergence).sum() / _positive(weight.sum())
-
-
-def distribution_loss(student: Tensor, teacher: Tensor, weight: Tensor, reg_max: int) -> Tensor:
-    """Return the KL over the R bins of a side, mean over the four sides, weighted mean over anchors; not tempered.
-
-    Args:
-        student: Bin logits, (B, 4 R, A), side by side.
-        teacher: Bin logits without gradient, (B, 4 R, A).
-        weight: c_a, (B, A).
-        reg_max: R.
-    """
-    shape = (student.shape[0], 4, reg_max, student.shape[-1])
-    log_q, log_p = student.reshape(shape).log_softmax(2), teacher.reshape(shape).log_softmax(2)
-    divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum((1, 2)) / 4
-    return (weight * divergence).sum() / _positive(weight.sum())
-
-
-def overlap_loss(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-    """Return 1 - CIoU (Zheng et al., arXiv:1911.08287), weighted mean over anchors.
-
-    A teacher's box without area (``reg_max`` = 1 allows one on background) says nothing and makes CIoU unbounded; it
-    gets no weight.
-
-    Args:
-        student: Corners x1 y1 x2 y2, (B, A, 4).
-        teacher: Corners without gradient, (B, A, 4).
-        weight: c_a, (B, A).
-    """
-    weight = weight * (teacher[..., 2:] > teacher[..., :2]).all(-1)
-    ciou = bbox_iou(student, teacher, xywh=False, CIoU=True).squeeze(-1)
-    return (weight * (1.0 - ciou)).sum() / _positive(weight.sum())
-
-
-def decode_boxes(taps: Taps, reg_max: int) -> Tensor:
-    """Return corners x1 y1 x2 y2 in pixels, (B, A, 4), from distances (R = 1) or the mean over bins (R > 1)."""
-    boxes = at_least_float32(taps.boxes)
-    batch, _, anchors = boxes.shape
-    if reg_max > 1:
-        bins = torch.arange(reg_max, device=boxes.device, dtype=boxes.dtype)
-        boxes = torch.einsum("bsra,r->bsa", boxes.reshape(batch, 4, reg_max, anchors).softmax(2), bins)
-    corners = dist2bbox(boxes.transpose(1, 2), taps.anchors.to(boxes.dtype), xywh=False)
-    return corners * taps.strides.to(boxes.dtype).unsqueeze(-1)
-
-
-def _known(scores: Tensor, mask: Tensor | None) -> Tensor:
-    scores = at_least_float32(scores)
-    return scores if mask is None else scores.masked_fill(~mask.unsqueeze(-1), MASKED_LOGIT)
-
-
-def _positive(total: Tensor) -> Tensor:
-    return total.clamp_min(torch.finfo(total.dtype).tiny)
+    return tau**2 * (factor * divergence).sum() / positive(weight.sum())

@@ -13,14 +13,9 @@ from ultralytics.nn.modules.block import DFL
 from ultralytics.utils.tal import dist2bbox
 
 from kd_yolo.distill.base import build_method, parse_args
-from kd_yolo.distill.methods.kd_lightnet import (
-    KDLightNet,
-    class_loss,
-    decode_boxes,
-    distribution_loss,
-    overlap_loss,
-    teacher_confidence,
-)
+from kd_yolo.distill.methods.kd_lightnet import KDLightNet, class_loss
+from kd_yolo.distill.ops.boxes import decode_boxes, distribution_loss, overlap_loss
+from kd_yolo.distill.ops.logits import teacher_confidence
 from kd_yolo.errors import ConfigError, DistillationError, TeacherError
 
 SHAPE = Shape()
@@ -66,10 +61,10 @@ def test_forward__an_unknown_class_changes_neither_term(mode: str) -> None:
     batch, keep = foreground(SHAPE), [0, 2]
     student, teacher = random_taps(SHAPE, 0), random_taps(SHAPE, 1)
     masked = replace(teacher, class_mask=torch.tensor([True, False, True]))
-    dropped = [
-        replace(taps, scores=taps.scores[:, keep], scores_one2one=leaves(taps)[-1][:, keep])
-        for taps in (student, teacher)
-    ]
+    dropped = []
+    for taps in (student, teacher):
+        assert taps.scores_one2one is not None
+        dropped.append(replace(taps, scores=taps.scores[:, keep], scores_one2one=taps.scores_one2one[:, keep]))
     expected = make("kd-lightnet", Shape(classes=2), mode=mode, one2one=True)(*dropped, batch)
     losses = make("kd-lightnet", SHAPE, mode=mode, one2one=True)(student, masked, batch)
     for term, value in losses.items():

@@ -11,12 +11,8 @@ import torch
 from taps_factory import Shape, foreground, make, map_leaves, random_taps, total
 from torch import Tensor
 
-from kd_yolo.distill.methods.kd_lightnet import (
-    anchor_weight,
-    bernoulli_kl,
-    class_loss,
-    teacher_confidence,
-)
+from kd_yolo.distill.methods.kd_lightnet import anchor_weight, class_loss
+from kd_yolo.distill.ops.logits import bernoulli_kl, teacher_confidence
 
 SHAPE = Shape()
 MODES = ["bernoulli", "softmax_bg", "softmax"]

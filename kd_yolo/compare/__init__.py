@@ -1,0 +1,1 @@
+"""Did distillation help? Matched runs over seeds, paired differences, a verdict."""

@@ -1,0 +1,1 @@
+"""What can teach: one file a kind of teacher, all behind ``base.Teacher``."""

@@ -1,0 +1,46 @@
+"""A detector with Ultralytics' Detect head as the teacher: every YOLO family and size, and LightNet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from ultralytics.nn.tasks import DetectionModel
+
+from kd_yolo.distill.base import DetectorSpec, Taps
+from kd_yolo.distill.taps import describe, detect_head, teacher_taps
+from kd_yolo.distill.teachers.base import Teacher
+
+
+class DetectTeacher(Teacher):
+    """A prepared detector, run layer by layer and only as far as is read."""
+
+    provides = frozenset({"neck", "scores", "boxes", "scores_one2one", "head"})
+
+    def __init__(self, model: DetectionModel, class_known: Tensor | None = None) -> None:
+        """Take a detector that ``prepare_teacher`` returned.
+
+        Args:
+            model: Frozen, in eval mode, speaking the student's classes.
+            class_known: (K,) booleans, False where it lacks the class; None means all known.
+
+        Raises:
+            TeacherError: It has no Detect head.
+        """
+        super().__init__()
+        self.model = model
+        self.strides = tuple(int(s) for s in detect_head(model).stride)
+        self.register_buffer("class_known", class_known, persistent=False)
+
+    def describe(self, strides: Sequence[int]) -> DetectorSpec:
+        """Return levels, classes and box bins, see the base class."""
+        return describe(self.model, strides)
+
+    def taps(self, images: Tensor, reads: frozenset[str], strides: Sequence[int], hold: int = 1) -> Taps:
+        """Run the detector up to what is read, see the base class."""
+        return teacher_taps(self.model, images, reads, strides, hold)
+
+    @property
+    def title(self) -> str:
+        """Return what this teacher is, for messages."""
+        return "a YOLO detector"
