@@ -41,7 +41,18 @@ class TrainConfig(Strict):
 
     data: str = Field(min_length=1, description="data set: YAML file or built-in name such as neu or steel-synth")
     model: str = Field(default="lightnet-s", min_length=1, description="student: lightnet-n|s|m, YAML or .pt file")
-    teacher: str = Field(default="self", min_length=1, description="self, none or a .pt file")
+    teacher: str = Field(default="self", min_length=1, description="self, none, or a file; several with commas")
+    teacher_merge: Literal["mean", "per_class"] = Field(
+        default="mean", description="several teachers: mean, or per_class (the best one of each class)"
+    )
+    chain: str | list[str] | None = Field(default=None, description="models, each distilled into the next: A,B,C")
+    unlabeled: str | None = Field(default=None, min_length=1, description="folder of images without labels")
+    unlabeled_ratio: float = Field(default=0.5, gt=0, le=10, description="unlabeled images per labelled image")
+    pseudo: bool = Field(default=False, description="take confident teacher boxes as labels of unlabeled images")
+    pseudo_conf: float = Field(default=0.5, gt=0, lt=1, description="lowest confidence of such a box")
+    pseudo_weight: float = Field(default=0.5, gt=0, le=1, description="weight of their loss against real labels")
+    cache_teacher: Literal["disk", "ram"] | None = Field(default=None, description="keep the teacher's answers")
+    cache_gb: float = Field(default=4.0, gt=0, description="size limit of that cache, GB")
     method: str = Field(default="kd-lightnet", min_length=1, description="distillation method, or none")
     reparam: Literal["qarep", "repvgg", "multi", "none"] | None = Field(
         default=None, description="branches: qarep|repvgg|multi|none; default qarep for LightNet, none for stock models"
@@ -68,13 +79,27 @@ class Recipe(Strict):
     """The one file that carries distillation through Ultralytics (its path travels in ``distill_model``)."""
 
     kd_yolo: Literal[1] = 1
-    teacher: str = Field(description="absolute path of the teacher checkpoint")
-    teacher_sha256: str
+    teacher: str | list[str] = Field(description="absolute path of the teacher's file, or of several")
+    teacher_sha256: str | list[str]
+    teacher_merge: Literal["mean", "per_class"] = "mean"
     method: str
     args: dict[str, Any] = Field(default_factory=dict)
     schedule: dict[str, Any] = Field(default_factory=dict)
     balance: float | None = None
     trust: bool = False
+    unlabeled: str | None = None
+    unlabeled_ratio: float = 0.5
+    pseudo: bool = False
+    pseudo_conf: float = 0.5
+    pseudo_weight: float = 0.5
+    cache_teacher: Literal["disk", "ram"] | None = None
+    cache_gb: float = 4.0
+
+    @property
+    def teachers(self) -> list[tuple[str, str]]:
+        """Return path and hash of every teacher."""
+        paths, hashes = (x if isinstance(x, list) else [x] for x in (self.teacher, self.teacher_sha256))
+        return list(zip(paths, hashes, strict=True))
 
 
 class MethodFile(Strict):

@@ -34,10 +34,10 @@ def wrap_student(student: DetectionModel, recipe: Recipe, names: Mapping[int, st
         CheckpointError: The teacher file is missing, truncated, foreign or of another task.
         TeacherError: It changed since the run began, shares no class or no level with the student.
     """
-    path = Path(recipe.teacher)
+    path, expected = Path(recipe.teachers[0][0]), recipe.teachers[0][1]
     with torch.random.fork_rng(devices=[]):
         model, _ = load_teacher(path, trust=recipe.trust)
-        if sha256(path) != recipe.teacher_sha256:
+        if sha256(path) != expected:
             raise TeacherError(f"{path}: changed since this run began; restore it or start a new run")
         class_map = map_classes(names, model.names)
         known = None if not class_map.missing else torch.tensor([i >= 0 for i in class_map.index])
