@@ -156,57 +156,6 @@ def benchmark(values: Mapping[str, Any]) -> Outcome:
     return report.to_markdown(), report.to_dict()
 
 
-def models(values: Mapping[str, Any]) -> Outcome:
-    """List the built-in models."""
-    refuse_unknown(values, [], "models")
-    from kd_yolo.nn.lightnet import build_model, count_deployed
-    from kd_yolo.resources import builtin_names
-
-    rows = []
-    for name in builtin_names("models"):
-        model = build_model(name, nc=6)
-        counts = count_deployed(model, imgsz=224)
-        trained = sum(p.numel() for p in model.parameters())
-        rows.append({"model": name, "params_training": trained, **counts})
-    lines = [
-        f"{row['model']:<12} {row['params'] / 1e6:7.2f} M {row['convolutions']:9} {row['gflops']:12.2f} "
-        f"{row['params_training'] / 1e6:10.2f} M"
-        for row in rows
-    ]
-    head = f"{'model':<12} {'deployed':>9} {'convs':>9} {'GFLOPs@224':>12} {'in training':>12}"
-    note = "6 classes. Any Ultralytics detector works too: model=yolo26n.pt reparam=qarep"
-    return "\n".join([head, *lines, "", note]), {"models": rows}
-
-
-def methods(values: Mapping[str, Any]) -> Outcome:
-    """List the distillation methods."""
-    refuse_unknown(values, [], "methods")
-    import inspect
-
-    from kd_yolo.distill.base import list_methods, load_method
-
-    rows: list[dict[str, Any]] = [{"method": "none", "summary": "No distillation: labels only.", "args": {}}]
-    for name in list_methods():
-        method = load_method(name)
-        fields = {key: field.default for key, field in method.Args.model_fields.items()}
-        summary = (inspect.getdoc(inspect.getmodule(method)) or "").splitlines()[0]
-        rows.append({"method": name, "summary": summary, "args": fields})
-    lines = []
-    for row in rows:
-        lines.append(f"{row['method']:<14} {row['summary']}")
-        if row["args"]:
-            lines.append(" " * 15 + ", ".join(f"kd.{key}={value}" for key, value in row["args"].items()))
-    return "\n".join(lines), {"methods": rows}
-
-
-def targets(values: Mapping[str, Any]) -> Outcome:
-    """List the processors that engines are built for and latencies are estimated for."""
-    refuse_unknown(values, [], "targets")
-    from kd_yolo.bench.targets_table import targets_table
-
-    return targets_table()
-
-
 def data(*arguments: Any) -> Outcome:
     """Run a ``data`` subcommand."""
     from kd_yolo.data_commands import SUBCOMMANDS
@@ -217,15 +166,6 @@ def data(*arguments: Any) -> Outcome:
     if name not in SUBCOMMANDS:
         raise ConfigError(f"data: unknown word '{name}'{nearest(name, SUBCOMMANDS)} (known: {', '.join(SUBCOMMANDS)})")
     return SUBCOMMANDS[name](values)
-
-
-def doctor(values: Mapping[str, Any]) -> Outcome:
-    """Check the environment."""
-    refuse_unknown(values, [], "doctor")
-    from kd_yolo.doctor import examine
-
-    report = examine()
-    return report.to_text(), report.to_dict()
 
 
 def demo(values: Mapping[str, Any]) -> Outcome:
@@ -272,12 +212,8 @@ __all__ = [
     "data",
     "demo",
     "deploy",
-    "doctor",
     "export",
-    "methods",
-    "models",
     "predict",
-    "targets",
     "train",
     "val",
 ]

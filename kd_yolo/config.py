@@ -53,6 +53,7 @@ class TrainConfig(Strict):
     pseudo_weight: float = Field(default=0.5, gt=0, le=1, description="weight of their loss against real labels")
     cache_teacher: Literal["disk", "ram"] | None = Field(default=None, description="keep the teacher's answers")
     cache_gb: float = Field(default=4.0, gt=0, description="size limit of that cache, GB")
+    cache_dir: str | None = Field(default=None, description="folder of the disk cache; default: in the run folder")
     method: str = Field(default="kd-lightnet", min_length=1, description="distillation method, or none")
     reparam: Literal["qarep", "repvgg", "multi", "none"] | None = Field(
         default=None, description="branches: qarep|repvgg|multi|none; default qarep for LightNet, none for stock models"
@@ -94,6 +95,7 @@ class Recipe(Strict):
     pseudo_weight: float = 0.5
     cache_teacher: Literal["disk", "ram"] | None = None
     cache_gb: float = 4.0
+    cache_dir: str | None = None
 
     @property
     def teachers(self) -> list[tuple[str, str]]:

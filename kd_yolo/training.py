@@ -21,8 +21,9 @@ from kd_yolo.data.datasets import resolve_dataset
 from kd_yolo.errors import ConfigError, KDYoloError
 from kd_yolo.files import check_writable, write_json, write_text, written_aside
 from kd_yolo.resources import load_yaml
+from kd_yolo.tasks.chain import DIRECT, chain_of, check_chain, resolve_stage, run_chain
 from kd_yolo.tasks.phases import PhaseResult, PhaseSpec, run_phase
-from kd_yolo.tasks.preflight import check_teacher, check_training_inputs, resolve_method, resolve_student
+from kd_yolo.tasks.preflight import check_teacher, check_training_inputs, resolve_method, resolve_student, teacher_files
 
 RUN_FILE = "run.yaml"
 
@@ -84,9 +85,12 @@ def _started(
     """Check every input, create the run folder and write the plan."""
     method = resolve_method(config, groups, stock)
     data = resolve_dataset(config.data)
-    student = resolve_student(config)
+    stages = chain_of(config)
+    student = resolve_stage(config, stages[-1]) if stages else resolve_student(config)
     checked = check_training_inputs(config, stock, data, student)
-    if config.teacher not in {"self", "none"}:
+    if stages:
+        check_chain(config, stages, data, checked["imgsz"])
+    elif config.teacher not in {"self", "none"}:
         check_teacher(config, data, checked["imgsz"], student)
     run_dir = _new_run_dir(stock)
     stock_arguments = {k: v for k, v in stock.items() if k not in {"project", "name", "exist_ok"}}
@@ -148,7 +152,7 @@ def _new_run_dir(stock: Mapping[str, Any]) -> Path:
     run_dir = project / name
     if stock.get("exist_ok"):
         if (run_dir / RUN_FILE).is_file():  # overwrite this run: nothing of it may be taken for the new one's progress
-            for phase in (run_dir / "teacher", *run_dir.glob("student*")):
+            for phase in (run_dir / "teacher", run_dir / DIRECT, *run_dir.glob("student*"), *run_dir.glob("stage*-*")):
                 if phase.is_dir():
                     shutil.rmtree(phase)
             (run_dir / "report.json").unlink(missing_ok=True)
@@ -163,27 +167,29 @@ def _new_run_dir(stock: Mapping[str, Any]) -> Path:
 
 def _run_phases(run_dir: Path, plan: Mapping[str, Any]) -> list[PhaseResult]:
     config = TrainConfig.model_validate(plan["config"])
+    if stages := chain_of(config):
+        return run_chain(run_dir, plan, config, stages)
     student = resolve_student(config)
     results: list[PhaseResult] = []
-    teacher: Path | None = None
+    teachers: tuple[Path, ...] = ()
     if config.teacher == "self" and plan["method"]["name"] != "none":
-        spec = PhaseSpec("teacher", resolve_student(config, teacher=True), config.teacher_epochs, None)
+        spec = PhaseSpec("teacher", resolve_student(config, teacher=True), config.teacher_epochs)
         results.append(run_phase(run_dir, spec, plan))
-        teacher = run_dir / "teacher" / "weights" / "best.pt"
-        check_teacher(config, Path(config.data), plan["stock"]["imgsz"], student, teacher, results[-1].metrics)
+        teachers = (run_dir / "teacher" / "weights" / "best.pt",)
+        check_teacher(config, Path(config.data), plan["stock"]["imgsz"], student, teachers[0], results[-1].metrics)
     elif config.teacher not in {"self", "none"}:
-        teacher = Path(config.teacher).expanduser().resolve()
+        teachers = teacher_files(config)
     best: PhaseResult | None = None
     for generation in range(1, config.generations + 1):
         name = "student" if generation == 1 else f"student-{generation}"
-        spec = PhaseSpec(name, student, None, teacher)
+        spec = PhaseSpec(name, student, None, teachers)
         result = run_phase(run_dir, spec, plan)
         results.append(result)
         if best is not None and result.fitness <= best.fitness:
             LOGGER.info(f"{name} did not improve on {best.name} ({result.fitness:.4f} <= {best.fitness:.4f}); stopping")
             break
         best = result
-        teacher = run_dir / name / "weights" / "best.pt"
+        teachers = (run_dir / name / "weights" / "best.pt",)
     assert best is not None
     if results[-1] is not best:
         results.append(results.pop(results.index(best)))  # the last one is the one that is kept

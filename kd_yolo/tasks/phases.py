@@ -15,7 +15,7 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.plotting import plot_results
 
 from kd_yolo.checkpoints import load_model
-from kd_yolo.config import Recipe
+from kd_yolo.config import Recipe, TrainConfig
 from kd_yolo.errors import CheckpointError, ConfigError
 from kd_yolo.files import sha256, write_json, write_text
 from kd_yolo.nn.student import StudentSpec
@@ -34,13 +34,13 @@ class PhaseSpec:
         name: Folder name inside the run.
         student: What is trained.
         epochs: Epochs, or None for the run's.
-        teacher: Checkpoint to distil from, or None for labels only.
+        teachers: Files to distil from; none for labels only.
     """
 
     name: str
     student: StudentSpec
     epochs: int | None
-    teacher: Path | None
+    teachers: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,21 +113,39 @@ def _trainer_arguments(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) 
     }
     if spec.epochs is not None:
         arguments["epochs"] = spec.epochs
-    method = plan["method"]
-    if spec.teacher is not None and method["name"] != "none":
-        recipe = Recipe(
-            teacher=str(spec.teacher),
-            teacher_sha256=sha256(spec.teacher),
-            method=method["name"],
-            args=method["args"],
-            schedule=method["schedule"],
-            balance=method["balance"],
-            trust=bool(plan["config"]["trust"]),
-        )
+    if spec.teachers and plan["method"]["name"] != "none":
         recipe_file = run_dir / f"{spec.name}.recipe.yaml"
+        recipe = _recipe(run_dir, spec, plan)
         write_text(recipe_file, yaml.safe_dump(recipe.model_dump(), sort_keys=False))
         arguments["distill_model"] = str(recipe_file)
     return arguments
+
+
+def _recipe(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) -> Recipe:
+    """Return everything of ours that a phase's trainer must know."""
+    method, config = plan["method"], TrainConfig.model_validate(plan["config"])
+    paths, hashes = [str(path) for path in spec.teachers], [sha256(path) for path in spec.teachers]
+    several = len(paths) > 1
+    # Beside the phase folder; each phase has another teacher, so each has another cache.
+    cache_dir = config.cache_dir or str(run_dir / f"{spec.name}.teacher-cache")
+    return Recipe(
+        teacher=paths if several else paths[0],
+        teacher_sha256=hashes if several else hashes[0],
+        teacher_merge=config.teacher_merge,
+        method=method["name"],
+        args=method["args"],
+        schedule=method["schedule"],
+        balance=method["balance"],
+        trust=config.trust,
+        unlabeled=config.unlabeled,
+        unlabeled_ratio=config.unlabeled_ratio,
+        pseudo=config.pseudo,
+        pseudo_conf=config.pseudo_conf,
+        pseudo_weight=config.pseudo_weight,
+        cache_teacher=config.cache_teacher,
+        cache_gb=config.cache_gb,
+        cache_dir=cache_dir if config.cache_teacher == "disk" else None,
+    )
 
 
 def _stage(last: Path, trust: bool) -> str:

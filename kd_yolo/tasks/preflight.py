@@ -68,6 +68,13 @@ def resolve_student(config: TrainConfig, teacher: bool = False) -> StudentSpec:
     return student_spec(name, config.reparam, warm_start, scratch=config.pretrained is False, trust=config.trust)
 
 
+def teacher_files(config: TrainConfig) -> tuple[Path, ...]:
+    """Return the teachers' files that ``teacher=A,B`` names; none for ``self`` and ``none``."""
+    if config.teacher in {"self", "none"}:
+        return ()
+    return tuple(Path(word.strip()).expanduser().resolve() for word in config.teacher.split(",") if word.strip())
+
+
 def check_training_inputs(
     config: TrainConfig, stock: Mapping[str, Any], data: Path, student: StudentSpec
 ) -> dict[str, Any]:

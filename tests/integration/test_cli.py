@@ -17,7 +17,8 @@ from pydantic import BaseModel
 
 import kd_yolo
 from kd_yolo import commands, data_commands
-from kd_yolo.cli import COMMANDS, INTERRUPTED, main
+from kd_yolo.cli import INTERRUPTED, main
+from kd_yolo.command_table import COMMANDS
 from kd_yolo.config import REPLACED_KEYS, TrainConfig, stock_keys
 from kd_yolo.resources import builtin_names
 

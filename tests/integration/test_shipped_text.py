@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from kd_yolo import data_commands
-from kd_yolo.cli import COMMANDS
+from kd_yolo.command_table import COMMANDS
 from kd_yolo.config import REPLACED_KEYS, parse_pairs, split_train_keys, stock_keys
 from kd_yolo.errors import ConfigError
 from kd_yolo.resources import builtin_root, find

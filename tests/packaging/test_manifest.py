@@ -41,7 +41,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"training"}),
     frozenset({"api", "doctor", "data_commands", "compare"}),
     frozenset({"demo"}),
-    frozenset({"commands"}),
+    frozenset({"commands", "info_commands", "command_table"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )

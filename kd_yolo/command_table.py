@@ -1,0 +1,178 @@
+"""What the command line offers: every command with its keys. Data only; nothing heavy is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        summary: One line for the overview.
+        handler: ``module:function``; called with the parsed arguments, returns text and plain data.
+        usage: What follows the command's name.
+        keys: Own keys with their meaning, for the help text.
+        stock: True when stock Ultralytics keys are accepted too.
+        example: A command that works as written.
+    """
+
+    summary: str
+    handler: str
+    usage: str
+    keys: dict[str, str]
+    stock: bool = False
+    example: str = ""
+
+
+TRAIN_KEYS = {
+    "data": "data set: YAML file or built-in name (neu, magnetic-tile, pku-pcb, deeppcb, steel-synth); needed",
+    "model": "student: lightnet-n|s|m, a stock YAML or a .pt file [lightnet-s]",
+    "teacher": "self (train one first), none, or a file: .pt or .onnx; several with commas [self]",
+    "teacher_merge": "several teachers: mean, or per_class (the best one of each class) [mean]",
+    "chain": "models with commas, each distilled into the next, as yolo26s.yaml,lightnet-m,lightnet-s",
+    "method": "distillation method, combination (cwd+bckd), YAML file, or none [kd-lightnet]; see kd-yolo methods",
+    "kd.NAME": "argument of the method, for example kd.tau=2 kd.weight=1.5",
+    "schedule.NAME": "warmup, decay, final, off_last of the distillation weight",
+    "balance": "set the method's weights once so that its gradient is this ratio of the task's, for example 0.3",
+    "reparam": "branches: qarep|repvgg|multi|none [LightNet: qarep, stock models: none]",
+    "pretrained": "warm start: a .pt file, or false",
+    "teacher_model": "structure of the self teacher [the student's], for example lightnet-m",
+    "teacher_epochs": "epochs of the self teacher [epochs]",
+    "generations": "rounds of self-distillation, kept while validation improves [1]",
+    "allow_weak_teacher": "accept a teacher below 0.05 mAP50 [false]",
+    "allow_other_canvas": "accept a teacher trained at another imgsz [false]",
+    "export": "onnx or none, after training [onnx]",
+    "benchmark": "time the deployed student after training [true]",
+    "unlabeled": "folder of images without labels; they give distillation terms only",
+    "unlabeled_ratio": "unlabeled images per labelled image in a batch [0.5]",
+    "pseudo": "take confident teacher boxes as their labels [false]",
+    "pseudo_conf": "lowest confidence of such a box [0.5]",
+    "pseudo_weight": "weight of their loss against real labels [0.5]",
+    "cache_teacher": "disk or ram: keep the teacher's answers; for training with fixed views",
+    "cache_gb": "size limit of that cache in GB [4]",
+    "cache_dir": "folder of the disk cache [in the run folder]",
+    "resume": "true: continue the latest unfinished run; or a run folder",
+    "trust": "load foreign pickled classes from the given checkpoints [false]",
+}
+
+MODEL_KEY = "checkpoint or exported file; needed"
+TRUST = "load foreign pickled classes from the checkpoint [false]"
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "train a student, with a teacher beside it",
+        "kd_yolo.commands:train",
+        "data=neu.yaml [model=lightnet-s] [teacher=self|FILE|none] [method=kd-lightnet] [epochs=100] ...",
+        TRAIN_KEYS,
+        stock=True,
+        example="kd-yolo train data=steel-synth imgsz=160 epochs=10",
+    ),
+    "val": Command(
+        "validate a checkpoint or exported file on the square canvas",
+        "kd_yolo.commands:val",
+        "model=best.pt data=neu.yaml [imgsz=224] [split=test]",
+        {"model": MODEL_KEY, "data": "data set; needed", "trust": TRUST},
+        stock=True,
+        example="kd-yolo val model=runs/detect/train/weights/best.pt data=steel-synth imgsz=160 split=test",
+    ),
+    "predict": Command(
+        "detect in images, folders or videos",
+        "kd_yolo.commands:predict",
+        "model=best.pt source=FOLDER [imgsz=224] [conf=0.25]",
+        {"model": MODEL_KEY, "source": "image, folder, video or camera number; needed", "trust": TRUST},
+        stock=True,
+        example="kd-yolo predict model=runs/detect/train/weights/best.pt source=photos/ imgsz=160",
+    ),
+    "deploy": Command(
+        "merge branches into plain convolutions, checked; stock classes only",
+        "kd_yolo.commands:deploy",
+        "model=best.pt [out=FILE] [nms=true]",
+        {
+            "model": "checkpoint; needed",
+            "out": "file to write [<model>-deploy.pt]",
+            "nms": "true: NMS head; false: NMS-free head [true]",
+            "trust": TRUST,
+        },
+        example="kd-yolo deploy model=runs/detect/train/weights/best.pt",
+    ),
+    "export": Command(
+        "deploy, export and prove the file equal",
+        "kd_yolo.commands:export",
+        "model=best.pt [format=onnx|openvino|engine|...] [quantize=16|8] [data=neu.yaml]",
+        {
+            "model": "checkpoint; needed",
+            "format": "onnx, openvino, engine, torchscript, ncnn, bundle, or any of Ultralytics' [onnx]",
+            "quantize": "16: float16; 8: INT8, which needs data= [float32]",
+            "half": "older name of quantize=16 [false]",
+            "int8": "older name of quantize=8 [false]",
+            "target": "engine for this GPU, built without one: rtx3070ti, ...; see kd-yolo targets",
+            "imgsz": "canvas in pixels, or [height,width] [the checkpoint's]",
+            "batch": "images per call [1]",
+            "dynamic": "any batch and canvas [false]",
+            "nms": "NMS inside the file [false]",
+            "nms_free": "export the NMS-free head [false]",
+            "data": "data set: images of the parity check; calibration and judging of INT8",
+            "split": "split that judges INT8 [val]",
+            "max_drop": "points of mAP50-95 that INT8 may lose [0.5]",
+            "calibration_images": "training images that INT8 looks at",
+            "opset": "ONNX operator set",
+            "simplify": "simplify the graph [true]",
+            "out": "file or folder to write",
+            "trust": TRUST,
+        },
+        example="kd-yolo export model=runs/detect/train/weights/best.pt format=onnx imgsz=160",
+    ),
+    "benchmark": Command(
+        "time, size and accuracy of several files in one table",
+        "kd_yolo.commands:benchmark",
+        "model=A,B,... [imgsz=224] [batch=1] [data=neu.yaml]",
+        {
+            "model": "checkpoints and exported files, separated by commas; FILE@RUNTIME chooses how it runs; needed",
+            "imgsz": "canvas in pixels, or [height,width] [the files' own]",
+            "batch": "images per call [1]",
+            "data": "data set: real images and mAP in the same row",
+            "split": "split for mAP [val]",
+            "rounds": "interleaved rounds",
+            "iterations": "timed calls per round",
+            "stream": "images of the continuous stream that gives FPS [200]",
+            "threads": "CPU threads [physical cores]",
+            "affinity": "cores to bind to, as [0,1]; false for none [the idlest]",
+            "device": "cpu or a CUDA number [cpu]",
+            "targets": "processors to estimate a lower bound for, separated by commas; see kd-yolo targets",
+            "against": "benchmark.json of before: change of every row, with a noise band",
+            "out": "folder for JSON, CSV, Markdown and plot",
+            "trust": TRUST,
+        },
+        example="kd-yolo benchmark model=best-deploy.pt,best.onnx imgsz=160",
+    ),
+    "data": Command(
+        "check, convert, make or split a data set",
+        "kd_yolo.commands:data",
+        "check|convert|make|split key=value ...",
+        {
+            "check data= [imgsz=640] [out=sheet.png]": "find label, image and split errors; draw a contact sheet",
+            "convert from=voc|masks|coco|deeppcb src= out=": "bring a published layout into YOLO form",
+            "make out= [train=240] [val=60] [test=60] [seed=0]": "write the built-in synthetic steel set",
+            "split data= out= [split=0.8/0.1/0.1|kfold:5|FOLDER] [group=REGEX]": "split again, leakage-free",
+        },
+        example="kd-yolo data check data=steel-synth",
+    ),
+    "models": Command("list models with size, cost and deployed convolutions", "kd_yolo.info_commands:models", "", {}),
+    "methods": Command("list distillation methods with their arguments", "kd_yolo.info_commands:methods", "", {}),
+    "targets": Command("list processors to build engines and estimate for", "kd_yolo.info_commands:targets", "", {}),
+    "doctor": Command("check the environment and say what is missing", "kd_yolo.info_commands:doctor", "", {}),
+    "demo": Command(
+        "the whole line on built-in data, in minutes on two CPU cores",
+        "kd_yolo.commands:demo",
+        "[project=runs/demo] [epochs=...]",
+        {
+            "project": "folder for the results [runs/demo]",
+            "epochs": "epochs of teacher and student each",
+            "model": "student [lightnet-n]",
+            "imgsz": "canvas in pixels",
+        },
+        example="kd-yolo demo",
+    ),
+}

@@ -1,0 +1,143 @@
+"""A chain of distillations: each stage teaches the next, beside a direct run from the first to the last as control.
+
+The idea is the teacher assistant (Mirzadeh et al., AAAI 2020, arXiv:1902.03393), which HFLKD uses for magnetic tiles:
+a small student may learn more from a middle-sized teacher than from a large one. Whether it does is what the control
+answers: it has the same student, teacher, epochs and seed, and leaves the middle out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ultralytics.utils import LOGGER
+
+from kd_yolo.checkpoints import load_model
+from kd_yolo.config import TrainConfig
+from kd_yolo.errors import ConfigError, TeacherError
+from kd_yolo.nn.student import StudentSpec
+from kd_yolo.resources import load_yaml
+from kd_yolo.tasks.phases import PhaseResult, PhaseSpec, run_phase
+from kd_yolo.tasks.preflight import check_teacher, resolve_student
+
+DIRECT = "direct"
+
+
+def chain_of(config: TrainConfig) -> list[str]:
+    """Return the models of a chain, or an empty list for a run without one.
+
+    Raises:
+        ConfigError: Fewer than three stages, or a key that a chain decides itself.
+    """
+    if config.chain is None:
+        return []
+    given = config.chain if isinstance(config.chain, list) else config.chain.split(",")
+    stages = [str(name).strip() for name in given if str(name).strip()]
+    if len(stages) < 3:
+        raise ConfigError(
+            f"chain={','.join(stages)}: a chain has a teacher, at least one assistant and a student, as in "
+            "chain=yolo26s.yaml,lightnet-m,lightnet-s; for two use model= and teacher="
+        )
+    for key in ("model", "teacher", "teacher_model", "teacher_epochs", "generations"):
+        if key in config.model_fields_set and getattr(config, key) != TrainConfig.model_fields[key].default:
+            raise ConfigError(f"{key}= and chain= say the same thing; drop {key}=, the chain names every model")
+    if config.method == "none":
+        raise ConfigError("method=none and chain=: a chain is made of distillations; choose a method")
+    return stages
+
+
+def check_chain(config: TrainConfig, stages: list[str], data: Path, imgsz: int) -> None:
+    """Refuse a chain that would fail at a later stage.
+
+    Raises:
+        KDYoloError: A model that does not exist, or a first checkpoint that cannot teach this data set.
+    """
+    students = [resolve_stage(config, name) for name in stages]
+    if is_ready_teacher(stages[0], data, config.trust):
+        check_teacher(config, data, imgsz, students[1], Path(stages[0]).expanduser())
+
+
+def is_ready_teacher(name: str, data: Path, trust: bool = False) -> bool:
+    """Tell whether a chain's first stage is a trained teacher of this data set (else it is trained first).
+
+    A checkpoint that knows exactly the data's classes teaches as it is; one that knows none of them, such as a COCO
+    checkpoint, is a warm start.
+
+    Raises:
+        TeacherError: It knows some of the classes: a chain's class list must not change from stage to stage.
+    """
+    if not name.endswith(".pt"):
+        return False
+    model, _ = load_model(Path(name).expanduser(), trust=trust)
+    listed = load_yaml(data)["names"]
+    wanted = {str(n).strip().lower() for n in (listed if isinstance(listed, list) else listed.values())}
+    known = {str(n).strip().lower() for n in model.names.values()}
+    if wanted == known:
+        return True
+    if wanted & known:
+        raise TeacherError(
+            f"chain: {name} knows {len(known)} classes, of which {len(wanted & known)} are among the data's "
+            f"{len(wanted)} (missing: {', '.join(sorted(wanted - known)) or 'none'}); a chain's class list must stay "
+            "the same: train its first stage on this data, or give its YAML"
+        )
+    return False
+
+
+def resolve_stage(config: TrainConfig, name: str) -> StudentSpec:
+    """Return what one stage trains; ``pretrained`` and ``reparam`` count for every stage."""
+    return resolve_student(config.model_copy(update={"model": name}))
+
+
+def run_chain(run_dir: Path, plan: Mapping[str, Any], config: TrainConfig, stages: list[str]) -> list[PhaseResult]:
+    """Run every stage and the control, or take up where they were stopped.
+
+    Returns:
+        Results in the order they ran, with the chain's last student at the end.
+    """
+    data, imgsz = Path(config.data), int(plan["stock"]["imgsz"])
+    results: list[PhaseResult] = []
+    if is_ready_teacher(stages[0], data, config.trust):
+        teacher = first = Path(stages[0]).expanduser().resolve()
+    else:
+        teacher = first = _stage(run_dir, plan, config, stages, 0, None, results)
+    for number in range(1, len(stages)):
+        if number == len(stages) - 1:
+            control = PhaseSpec(DIRECT, resolve_stage(config, stages[-1]), None, (first,))
+            results.append(run_phase(run_dir, control, plan))
+        if results and number > 1:
+            student = resolve_stage(config, stages[number])
+            check_teacher(config, data, imgsz, student, teacher, _metrics_of(results, number - 1))
+        teacher = _stage(run_dir, plan, config, stages, number, teacher, results)
+    last, direct = results[-1], next(r for r in results if r.name == DIRECT)
+    gain = 100 * (last.fitness - direct.fitness)
+    LOGGER.info(
+        f"chain: {last.name} {last.fitness:.4f} mAP50-95 on validation, the direct run {direct.fitness:.4f} "
+        f"({gain:+.1f} points, one seed: no verdict; kd-yolo compare gives one)"
+    )
+    return results
+
+
+def stage_name(number: int, model: str) -> str:
+    """Return the folder of a stage: its place in the chain and its model."""
+    return f"stage{number + 1}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(model).stem)}"
+
+
+def _stage(
+    run_dir: Path,
+    plan: Mapping[str, Any],
+    config: TrainConfig,
+    stages: list[str],
+    number: int,
+    teacher: Path | None,
+    results: list[PhaseResult],
+) -> Path:
+    name = stage_name(number, stages[number])
+    spec = PhaseSpec(name, resolve_stage(config, stages[number]), None, (teacher,) if teacher else ())
+    results.append(run_phase(run_dir, spec, plan))
+    return run_dir / name / "weights" / "best.pt"
+
+
+def _metrics_of(results: list[PhaseResult], number: int) -> dict[str, float]:
+    return next(r.metrics for r in results if r.name.startswith(f"stage{number + 1}-"))
