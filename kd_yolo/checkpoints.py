@@ -45,7 +45,9 @@ DAMAGE = (
 )
 
 
-def load_model(path: str | Path, trust: bool = False) -> tuple[DetectionModel, dict[str, Any]]:
+def load_model(
+    path: str | Path, trust: bool = False, heads: tuple[type[nn.Module], ...] = PLAIN_HEADS
+) -> tuple[DetectionModel, dict[str, Any]]:
     """Load a detector from an Ultralytics checkpoint.
 
     The restricted loader of PyTorch is used: only PyTorch's, Ultralytics' and our own classes are rebuilt, and no other
@@ -55,6 +57,7 @@ def load_model(path: str | Path, trust: bool = False) -> tuple[DetectionModel, d
     Args:
         path: A local ``.pt`` file. Names are never completed, looked up elsewhere or downloaded.
         trust: Also rebuild foreign classes, which runs code contained in the file.
+        heads: Accepted classes of the last layer; a teacher may have one that a student may not.
 
     Returns:
         The model in float32, in eval mode, on the CPU, with ``args`` as a dictionary of stock keys; and the checkpoint
@@ -64,9 +67,29 @@ def load_model(path: str | Path, trust: bool = False) -> tuple[DetectionModel, d
         CheckpointError: The file is missing, empty, truncated, no checkpoint, holds foreign classes and is not trusted,
             holds no model, holds a model of another task, or has weights that are not finite.
     """
+    file, checkpoint = read_checkpoint(path, trust)
+    return model_in(file, checkpoint, heads), checkpoint
+
+
+def read_checkpoint(path: str | Path, trust: bool = False) -> tuple[Path, dict[str, Any]]:
+    """Return the absolute path and the content of a ``.pt`` file, read as ``load_model`` does.
+
+    Raises:
+        CheckpointError: As ``load_model``, as far as the file and its classes are concerned.
+    """
     file = _existing_file(Path(path).expanduser())
-    checkpoint = _read_trusted(file) if trust else _read_restricted(file)
-    model = _detector(file, checkpoint).float()
+    return file, _read_trusted(file) if trust else _read_restricted(file)
+
+
+def model_in(
+    file: Path, checkpoint: dict[str, Any], heads: tuple[type[nn.Module], ...] = PLAIN_HEADS
+) -> DetectionModel:
+    """Return the detector of a checkpoint that ``read_checkpoint`` read, made ready as by ``load_model``.
+
+    Raises:
+        CheckpointError: It holds no model, a model of another task, or weights that are not finite.
+    """
+    model = _detector(file, checkpoint, heads).float()
     model.args = _stock_args(checkpoint, model)
     model.pt_path = str(file)
     model.task = "detect"
@@ -76,7 +99,7 @@ def load_model(path: str | Path, trust: bool = False) -> tuple[DetectionModel, d
     for module in model.modules():
         if hasattr(module, "inplace"):
             module.inplace = True
-    return model.eval().requires_grad_(False), checkpoint
+    return model.eval().requires_grad_(False)
 
 
 def serialize(deployed: DetectionModel, checkpoint: dict[str, Any], provenance: dict[str, Any]) -> bytes:
@@ -220,7 +243,7 @@ def _mapping(file: Path, checkpoint: Any) -> dict[str, Any]:
     return checkpoint
 
 
-def _detector(file: Path, checkpoint: dict[str, Any]) -> DetectionModel:
+def _detector(file: Path, checkpoint: dict[str, Any], heads: tuple[type[nn.Module], ...]) -> DetectionModel:
     """Return the detector of a checkpoint: EMA first, unwrapped from a distillation."""
     candidate = checkpoint.get("ema") or checkpoint.get("model")
     if not isinstance(candidate, nn.Module):
@@ -236,7 +259,7 @@ def _detector(file: Path, checkpoint: dict[str, Any]) -> DetectionModel:
     if checkpoint.get("modelopt"):
         raise CheckpointError(f"{file}: is trained for quantization (modelopt), which is not supported here yet")
     head = getattr(candidate, "model", [None])[-1]
-    if not isinstance(candidate, DetectionModel) or type(head) not in PLAIN_HEADS:
+    if not isinstance(candidate, DetectionModel) or type(head) not in heads:
         raise CheckpointError(
             f"{file}: is a {type(candidate).__name__} with a {type(head).__name__} head (task "
             f"{guess_model_task(candidate)}); a detector with a Detect head is needed"

@@ -57,6 +57,32 @@ TRAIN_KEYS = {
     "trust": "load foreign pickled classes from the given checkpoints [false]",
 }
 
+COMPARE_KEYS = {
+    "data": "data set: YAML file or built-in name; needed",
+    "students": "models, separated by commas; needed",
+    "methods": "methods, combinations or YAML files of methods [none,kd-lightnet]",
+    "teacher": "a file (several with commas), or self: one teacher a student and seed, shared by all methods; needed",
+    "seeds": "seeds; each is a pair of the comparison [0,1,2]",
+    "folds": "k: k-fold cross-validation over train and val together",
+    "baseline": "what all methods are compared with [none]",
+    "control": "equal_total gives the baseline the self teacher's epochs too [equal_student]",
+    "metric": "mAP50-95 or mAP50 [mAP50-95]",
+    "confidence": "of the intervals [0.95]",
+    "min_gain": "smallest gain that matters, in points [0.5]",
+    "test": "judge the finished runs of test_methods on the test split, once [false]",
+    "test_methods": "whose [the one with the largest gain]",
+    "engine": "local or ray [local]",
+    "address": "Ray cluster: auto, local or HOST:PORT [auto]",
+    "jobs": "runs at once [as many as fit]",
+    "threads": "CPU threads of a run",
+    "retries": "how often a crashed run is taken up again [1]",
+    "pretrained": "warm start of every run: a .pt file, or false",
+    "project": "folder [runs]",
+    "name": "folder in it; the same name goes on where it was stopped [compare]",
+    "out": "folder of the report [project/name]",
+    "balance, unlabeled, cache_teacher, ...": "as for train, for every run that has a teacher",
+}
+
 MODEL_KEY = "checkpoint or exported file; needed"
 TRUST = "load foreign pickled classes from the checkpoint [false]"
 
@@ -146,6 +172,14 @@ COMMANDS: dict[str, Command] = {
             "trust": TRUST,
         },
         example="kd-yolo benchmark model=best-deploy.pt,best.onnx imgsz=160",
+    ),
+    "compare": Command(
+        "did distillation help? matched runs over seeds, paired differences, a verdict",
+        "kd_yolo.commands:compare",
+        "data=neu.yaml students=lightnet-n methods=none,kd-lightnet teacher=FILE|self [seeds=0,1,2] [epochs=100] ...",
+        COMPARE_KEYS,
+        stock=True,
+        example="kd-yolo compare data=steel-synth students=lightnet-n methods=none,cwd teacher=self imgsz=160",
     ),
     "data": Command(
         "check, convert, make or split a data set",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from kd_yolo.config import Strict, refuse_unknown, split_train_keys, stock_keys, validate
-from kd_yolo.errors import ConfigError, nearest
+from kd_yolo.errors import ConfigError, DistillationError, nearest
 
 Outcome = tuple[str, Any]
 
@@ -156,6 +156,26 @@ def benchmark(values: Mapping[str, Any]) -> Outcome:
     return report.to_markdown(), report.to_dict()
 
 
+def compare(values: Mapping[str, Any]) -> Outcome:
+    """Say whether distillation helped, over seeds."""
+    for key in ("data", "students"):
+        if values.get(key) in (None, ""):
+            raise ConfigError(f"compare: missing key '{key}'; see kd-yolo compare --help")
+    from kd_yolo.compare.run import compare as run
+    from kd_yolo.compare.settings import split_compare_keys
+
+    keys, stock = split_compare_keys(values)
+    report = run(keys, stock)
+    if report.failed:
+        first = report.failed[0]
+        raise DistillationError(
+            f"compare: {len(report.failed)} of {len(report.failed) + len(report.runs)} runs failed, the first is "
+            f"{first['name']} ({first['reason']}; log: {first['log']}); all others are in the report, and the same "
+            "command tries again"
+        )
+    return report.to_markdown(), report.to_dict()
+
+
 def data(*arguments: Any) -> Outcome:
     """Run a ``data`` subcommand."""
     from kd_yolo.data_commands import SUBCOMMANDS
@@ -209,6 +229,7 @@ def _map50(metrics: Mapping[str, float]) -> float:
 
 __all__ = [
     "benchmark",
+    "compare",
     "data",
     "demo",
     "deploy",

@@ -33,11 +33,12 @@ def models(values: Mapping[str, Any]) -> Outcome:
 
 
 def methods(values: Mapping[str, Any]) -> Outcome:
-    """List the distillation methods."""
+    """List the distillation methods with what they cost and whether they helped, as measured."""
     refuse_unknown(values, [], "methods")
     import inspect
 
     from kd_yolo.distill.base import list_methods, load_method
+    from kd_yolo.measured import measured_methods
 
     rows: list[dict[str, Any]] = [{"method": "none", "summary": "No distillation: labels only.", "args": {}}]
     for name in list_methods():
@@ -45,12 +46,20 @@ def methods(values: Mapping[str, Any]) -> Outcome:
         fields = {key: field.default for key, field in method.Args.model_fields.items()}
         summary = (inspect.getdoc(inspect.getmodule(method)) or "").splitlines()[0]
         rows.append({"method": name, "summary": summary, "args": fields})
+    measured = measured_methods()
+    combined = sorted({item.method for item in measured.methods if "+" in item.method})
+    rows += [{"method": name, "summary": "A combination of these.", "args": {}} for name in combined]
     lines = []
     for row in rows:
+        found = measured.of(row["method"])
+        row["measured"] = [item.model_dump() for item in found]
         lines.append(f"{row['method']:<14} {row['summary']}")
+        lines += [" " * 15 + item.one_line() for item in found]
         if row["args"]:
             lines.append(" " * 15 + ", ".join(f"kd.{key}={value}" for key, value in row["args"].items()))
-    return "\n".join(lines), {"methods": rows}
+    settings = {"gain": measured.gain_setting, "cost": measured.cost_setting}
+    notes = [f"{name}: {text}" for name, text in settings.items()]
+    return "\n".join([*lines, "", *notes]), {"methods": rows, "setting": settings}
 
 
 def targets(values: Mapping[str, Any]) -> Outcome:

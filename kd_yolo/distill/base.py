@@ -116,6 +116,10 @@ class DistillMethod(nn.Module, ABC):
     gradcheck_args: ClassVar[Mapping[str, Any]] = {}
     # Whether the loss uses statistics over the whole batch, so that repeating every image may change it.
     batch_statistics: ClassVar[bool] = False
+    # Whether the loss compares box bins: both detectors then need one ``reg_max`` above 1; __init__ refuses others.
+    needs_bins: ClassVar[bool] = False
+    # Whether the loss compares the cells of one map, so that it is 0 for maps of a single cell.
+    needs_cells: ClassVar[bool] = False
 
     # Set by a subclass's __init__ when it differs: the names that forward() returns, always all of them ...
     terms: tuple[str, ...]
@@ -157,11 +161,17 @@ def load_method(name: str) -> type[DistillMethod]:
     """Import the one method that a module defines.
 
     Args:
-        name: A built-in name such as ``kd-lightnet``, or a dotted module path of a third party.
+        name: A built-in name such as ``kd-lightnet``, a dotted module path of a third party, or a combination of such
+            names, ``cwd+bckd``.
 
     Raises:
         ConfigError: There is no such module, or it does not define exactly one method.
     """
+    if "+" in name:
+        from kd_yolo.distill.combine import Combination, member_names
+
+        member_names(name)
+        return Combination
     path = name if "." in name else f"kd_yolo.distill.methods.{name.replace('-', '_')}"
     try:
         module = importlib.import_module(path)
@@ -186,6 +196,10 @@ def parse_args(name: str, args: Mapping[str, Any]) -> MethodArgs:
     Raises:
         ConfigError: An unknown or ill-typed argument; the message names it and the nearest known one.
     """
+    if "+" in name:
+        from kd_yolo.distill.combine import parse_combination
+
+        return parse_combination(name, args)
     schema = load_method(name).Args
     try:
         return schema.model_validate(dict(args))
@@ -206,9 +220,16 @@ def build_method(
     """Build a method with adapters drawn from its own random stream.
 
     The global random state is left as it was, so that a run with all weights at zero repeats the plain run exactly.
+
+    Raises:
+        ConfigError: Unequal numbers of levels, wrong arguments, or detectors that the method cannot work with.
     """
     if len(student.levels) != len(teacher.levels):
         raise ConfigError(f"method '{name}': {len(student.levels)} student and {len(teacher.levels)} teacher levels")
+    if "+" in name:
+        from kd_yolo.distill.combine import build_combination
+
+        return build_combination(name, args, student, teacher, seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
         return load_method(name)(parse_args(name, args), student, teacher)

@@ -9,7 +9,6 @@ optimizer, no EMA and no gradient bucket.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -21,15 +20,18 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import copy_attr
 
+from kd_yolo.distill.assigned import AssignedTargets
 from kd_yolo.distill.balance import balance_factors
 from kd_yolo.distill.base import DistillMethod, Taps
+from kd_yolo.distill.first_step import check_first_step
+from kd_yolo.distill.joined import take_images, with_background, with_boxes
+from kd_yolo.distill.pseudo import PseudoLabels, confident_boxes, pseudo_loss
 from kd_yolo.distill.taps import (
     common_strides,
     detect_head,
     head_strides,
     head_taps,
     held_in_head,
-    select_anchors,
     student_taps,
 )
 from kd_yolo.distill.teachers.base import Teacher
@@ -42,6 +44,7 @@ class KDModel(DistillationModel):
     Attributes:
         student_model: The trainable detector; the only part that is kept.
         projector: The distillation method with its adapters (the attribute name is the one Ultralytics restores).
+        pseudo: How the teacher's boxes become labels of unlabeled images, or None when they do not.
         factor: Schedule factor in 0..1 for the epoch under way.
         balance: Gradient ratio r to set once after warm-up, or None.
         balance_factors: Factors found by balancing, by term.
@@ -74,14 +77,15 @@ class KDModel(DistillationModel):
         self.strides = common_strides(head_strides(student), teacher.strides)
         self.reads = method.reads
         self.term_names = tuple(f"{name}_loss" for name in method.terms)
+        self.pseudo: PseudoLabels | None = None
+        self._teacher_bins = 1
         self.factor = 1.0
         self.balance = balance
         self.balance_factors: dict[str, float] = {}
         self.balance_due = False
         self._checked = False
-        self._targets: dict[str, Tensor] = {}
+        self._assigned = AssignedTargets()
         self._held: dict[nn.Module, Tensor] = {}
-        self._watched: Any = None
         self.feats_idx = self.get_distill_layers(student)
         self.teacher_feats_idx: list[int] = []  # upstream's; a teacher here need not have layers
 
@@ -94,11 +98,33 @@ class KDModel(DistillationModel):
     def teacher_model(self, value: Teacher | None) -> None:
         self._teacher = () if value is None else (value,)
 
+    @property
+    def uses_unlabeled(self) -> bool:
+        """Whether the next step has a use for unlabeled images.
+
+        Not while distillation is switched off; nor in the one step that measures the gradients for ``balance``, so that
+        the factors are those of a run without such images.
+        """
+        return bool(self._teacher) and self.factor > 0 and not self.balance_due
+
+    def label_with_teacher(self, pseudo: PseudoLabels) -> None:
+        """Give unlabeled images the teacher's confident boxes as labels, from the next step on.
+
+        Raises:
+            TeacherError: This teacher gives no scores or no boxes.
+        """
+        for teacher in self._teacher:
+            teacher.check_reads("pseudo=true", frozenset({"scores", "boxes"}))
+            self._teacher_bins = teacher.describe(self.strides).reg_max
+        self.pseudo = pseudo
+        self.term_names = tuple(f"{name}_loss" for name in (*self.projector.terms, "pseudo"))
+
     def loss(self, batch: Mapping[str, Any], preds: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the detection loss and, in training, the named distillation losses.
 
         Args:
-            batch: A training batch, ``img`` (B, 3, H, W) in 0..1.
+            batch: A training batch, ``img`` (B, 3, H, W) in 0..1; perhaps ``unlabeled``, (U, 3, H, W): more images,
+                which only the distillation terms see.
             preds: The student's predictions in validation; None in training.
 
         Returns:
@@ -115,14 +141,21 @@ class KDModel(DistillationModel):
             zero = torch.zeros(len(self.term_names), device=regular.device)
             return torch.cat([regular, zero]), {**items, **dict(zip(self.term_names, zero, strict=True))}
 
-        images = batch["img"]
-        self._watch_assigner()
+        images, more = batch["img"], batch.get("unlabeled")
+        everything = images if more is None else torch.cat([images, more])
+        reads = self.reads | {"scores", "boxes"} if more is not None and self.pseudo else self.reads
+        self._assigned.watch(self.student_model)
         with torch.no_grad():  # before the student, so that the teacher's activations are gone when the student's peak
-            teacher = self._teacher[0].taps(images, self.reads, self.strides, self.projector.hold)
+            teacher = self._teacher[0].taps(everything, reads, self.strides, self.projector.hold)
         with held_in_head(detect_head(self.student_model), self.projector.hold if "head" in self.reads else 0) as held:
-            preds = self.student_model(images)
+            preds = self.student_model(everything)
         self._held = held
-        regular, items = self.student_model.loss(batch, preds)
+        regular, items = self.student_model.loss(
+            batch, preds if more is None else take_images(preds, slice(len(images)))
+        )
+        pseudo = regular.new_zeros(())
+        if more is not None:
+            batch, pseudo = self._add_unlabeled(batch, everything, preds, teacher)
         terms = self.distill_terms(preds, batch, teacher)
         self._held = {}  # it holds on to the graph
         if self.balance_due:
@@ -130,7 +163,10 @@ class KDModel(DistillationModel):
         terms = {name: value * self.balance_factors.get(name, 1.0) for name, value in terms.items()}
         if not self._checked:
             self._check_first_step(terms, preds)
-        scaled = torch.stack([terms[name].reshape(()) * self.factor for name in self.projector.terms])
+        values = [*(terms[name] for name in self.projector.terms), *([pseudo] if self.pseudo else [])]
+        # Means over all images, multiplied by the labelled ones alone: so distillation keeps its ratio to the labelled
+        # loss however many unlabeled images there are.
+        scaled = torch.stack([value.reshape(()) * self.factor for value in values])
         items = {**items, **dict(zip(self.term_names, scaled.detach(), strict=True))}
         return torch.cat([regular, scaled.to(regular.dtype) * images.shape[0]]), items
 
@@ -138,13 +174,12 @@ class KDModel(DistillationModel):
         """Return the method's named losses for training outputs of the student, in float32."""
         images = batch["img"]
         head = detect_head(self.student_model)
-        known = None if self.teacher_model is None else self.teacher_model.class_known
-        teacher = self._float(teacher, known)
+        teacher = _in_float32(teacher, self._known)
         student = student_taps(preds, head, self.strides)
         if "head" in self.reads:
             hold = self.projector.hold
             student = replace(student, head=head_taps(head, student.neck, self._held, hold, self.strides))
-        student = self._float(student, None)
+        student = _in_float32(student, None)
         for mine, theirs in zip(student.neck, teacher.neck, strict=True):
             if mine.shape[-2:] != theirs.shape[-2:]:
                 raise DistillationError(
@@ -152,7 +187,31 @@ class KDModel(DistillationModel):
                     f"{tuple(mine.shape[-2:])} for images {tuple(images.shape[-2:])}"
                 )
         with torch.autocast(images.device.type, enabled=False):
-            return self.projector(student, teacher, {**batch, **self._assigned(preds)})
+            targets = self._assigned.at(self.strides, preds, self.student_model)
+            return self.projector(student, teacher, {**batch, **targets})
+
+    def _add_unlabeled(
+        self, batch: Mapping[str, Any], everything: Tensor, preds: Any, teacher: Taps
+    ) -> tuple[dict[str, Any], Tensor]:
+        """Return the batch as the method sees it, and the weighted loss on pseudo labels.
+
+        The assigner's targets of unlabeled images are background, apart from those with pseudo labels.
+        """
+        count = len(batch["img"])
+        more = everything[count:]
+        found: dict[str, Tensor] = {}
+        value = everything.new_zeros((), dtype=torch.float32)
+        targets = with_background(self._assigned.values, len(more))
+        if self.pseudo is not None:
+            taps = replace(teacher, scores=teacher.scores[count:], boxes=teacher.boxes[count:], class_mask=self._known)
+            found = confident_boxes(taps, self._teacher_bins, self.pseudo.confidence, (more.shape[2], more.shape[3]))
+            self._assigned.values = {}
+            outputs = take_images(preds, slice(count, None))
+            value = self.pseudo.weight * pseudo_loss(self.student_model, outputs, more, found)
+            for name, own in self._assigned.values.items():
+                targets[name][found["batch_idx"].long().unique() + count] = own
+        self._assigned.values = targets
+        return with_boxes(batch, found, everything), value
 
     def fuse(self, verbose: bool = True, imgsz: int | list[int] = 640) -> nn.Module:
         """Return the fused student; the wrapper is for training only."""
@@ -173,61 +232,16 @@ class KDModel(DistillationModel):
         """There are none; Ultralytics calls this before it unwraps the student."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the teacher out of every copy and checkpoint."""
-        state = self.__dict__.copy()
-        state["_teacher"] = ()
-        state["_targets"] = {}
-        state["_held"] = {}
-        state["_watched"] = None
-        return state
+        """Leave the teacher, and what only makes sense beside it, out of every copy and checkpoint."""
+        return {**self.__dict__, "_teacher": (), "pseudo": None, "_assigned": None, "_held": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({**state, "_assigned": AssignedTargets()})
 
-    def _float(self, taps: Taps, class_known: Tensor | None) -> Taps:
-        head = taps.head
-        if head is not None:
-            head = replace(head, cls=tuple(x.float() for x in head.cls), box=tuple(x.float() for x in head.box))
-        return Taps(
-            head=head,
-            neck=tuple(x.float() for x in taps.neck),
-            scores=taps.scores.float(),
-            boxes=taps.boxes.float(),
-            strides=taps.strides,
-            anchors=taps.anchors,
-            scores_one2one=None if taps.scores_one2one is None else taps.scores_one2one.float(),
-            class_mask=class_known,
-        )
-
-    def _watch_assigner(self) -> None:
-        """Keep what the student's own loss assigns; assigning a second time would cost as much again."""
-        if getattr(self.student_model, "criterion", None) is None:
-            self.student_model.criterion = self.student_model.init_criterion()
-        criterion = self.student_model.criterion
-        if self._watched is criterion:
-            return
-        self._watched = criterion
-        assigner = getattr(criterion, "one2many", criterion).assigner
-
-        def keep_targets(module: nn.Module, inputs: Any, outputs: Any) -> None:
-            labels, _, scores, foreground = (x.detach() for x in outputs[:4])
-            self._targets = {
-                "fg_mask": foreground.bool(),
-                "target_labels": labels.long(),
-                "target_scores": scores.float(),
-            }
-
-        assigner.register_forward_hook(keep_targets)
-
-    def _assigned(self, preds: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the assigner's foreground, labels and scores at the matched strides, see ``DistillMethod.forward``."""
-        feats, own = preds.get("one2many", preds)["feats"], head_strides(self.student_model)
-        chosen = {}
-        for name, values in self._targets.items():
-            last = values.transpose(1, 2) if values.ndim == 3 else values
-            kept = select_anchors(last, feats, own, self.strides)
-            chosen[name] = kept.transpose(1, 2) if values.ndim == 3 else kept
-        return chosen
+    @property
+    def _known(self) -> Tensor | None:
+        """Which of the student's classes the teacher knows, (K,); None means all."""
+        return None if self.teacher_model is None else self.teacher_model.class_known
 
     def _balance(self, terms: Mapping[str, Tensor], task_loss: Tensor, preds: Mapping[str, Any]) -> None:
         assert self.balance is not None
@@ -244,55 +258,20 @@ class KDModel(DistillationModel):
 
     def _check_first_step(self, terms: Mapping[str, Tensor], preds: Mapping[str, Any]) -> None:
         self._checked = True
-        listed = ", ".join(f"{name}={float(value.detach()):.4g}" for name, value in terms.items())
-        for name, value in terms.items():
-            if not bool(torch.isfinite(value)):
-                raise DistillationError(f"distillation loss '{name}' is {float(value)} in the first step ({listed})")
-        if self.projector.args.weight == 0:
-            LOGGER.info("KD: all distillation weights are zero; this run is plain training")
-            return
-        total = torch.stack([value.reshape(()) for value in terms.values()]).sum()
-        if float(total.detach()) <= 0:
-            raise DistillationError(
-                f"distillation loss is zero in the first step ({listed}): the teacher says nothing; check its classes"
-            )
-        neck = student_taps(preds, detect_head(self.student_model), self.strides).neck
-        targets = [*neck, *(p for p in detect_head(self.student_model).parameters() if p.requires_grad)]
-        grads = torch.autograd.grad(total, targets, retain_graph=True, allow_unused=True)
-        norm = float(sum((g.detach().float() ** 2).sum() for g in grads if g is not None)) ** 0.5
-        if not norm > 0:
-            raise DistillationError(f"the distillation loss has no gradient on the student ({listed})")
-        LOGGER.info(f"KD: first step checked: {listed}, gradient norm on neck and head {norm:.4g}")
+        head = detect_head(self.student_model)
+        neck = student_taps(preds, head, self.strides).neck
+        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        check_first_step(terms, self.projector.args.weight, [*neck, *trained])
 
 
-class BatchProbe(nn.Module):
-    """What AutoBatch measures: one whole training step's forward, teacher included.
-
-    Ultralytics profiles a model with a bare image tensor, which would leave the teacher out and overfill the memory.
-    """
-
-    def __init__(self, model: KDModel, boxes_per_image: int) -> None:
-        super().__init__()
-        self.model = model
-        self.yaml = model.yaml
-        self.names = model.names
-        self.boxes_per_image = max(boxes_per_image, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the loss vector of a made-up batch; (B, 3, H, W) in."""
-        count = images.shape[0] * self.boxes_per_image
-        index = torch.arange(images.shape[0], device=images.device, dtype=torch.float32)
-        batch = {
-            "img": images,
-            "batch_idx": index.repeat_interleave(self.boxes_per_image),
-            "cls": torch.zeros(count, 1, device=images.device),
-            "bboxes": torch.full((count, 4), 0.5, device=images.device),
-        }
-        return self.model.loss(batch)[0]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BatchProbe:
-        """Copy the student but share the teacher, which a plain copy of the model leaves out."""
-        twin = BatchProbe(deepcopy(self.model, memo), self.boxes_per_image)
-        twin.model._teacher = self.model._teacher
-        twin.model.criterion = None
-        return twin
+def _in_float32(taps: Taps, class_mask: Tensor | None) -> Taps:
+    head, one2one = taps.head, taps.scores_one2one
+    return replace(
+        taps,
+        neck=tuple(x.float() for x in taps.neck),
+        scores=taps.scores.float(),
+        boxes=taps.boxes.float(),
+        scores_one2one=None if one2one is None else one2one.float(),
+        class_mask=class_mask,
+        head=head and replace(head, cls=tuple(x.float() for x in head.cls), box=tuple(x.float() for x in head.box)),
+    )

@@ -1,9 +1,8 @@
-"""From a recipe to a wrapped model: load the teacher, match it to the student, build the method, log the match."""
+"""From a recipe to a wrapped model: build the teacher, match it to the student, build the method, log the match."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from ultralytics.nn.tasks import DetectionModel
@@ -13,14 +12,11 @@ from kd_yolo.config import Recipe
 from kd_yolo.distill.base import build_method
 from kd_yolo.distill.model import KDModel
 from kd_yolo.distill.taps import common_strides, describe, head_strides
-from kd_yolo.distill.teacher import load_teacher, map_classes, prepare_teacher
-from kd_yolo.distill.teachers.detect import DetectTeacher
-from kd_yolo.errors import TeacherError
-from kd_yolo.files import sha256
+from kd_yolo.distill.teachers.build import build_teacher
 
 
 def wrap_student(student: DetectionModel, recipe: Recipe, names: Mapping[int, str], seed: int = 0) -> KDModel:
-    """Put a student beside its recipe's teacher.
+    """Put a student beside its recipe's teacher or teachers.
 
     The global random streams are left as they were, so that a recipe whose weights are all zero repeats plain training.
 
@@ -32,21 +28,16 @@ def wrap_student(student: DetectionModel, recipe: Recipe, names: Mapping[int, st
 
     Raises:
         CheckpointError: The teacher file is missing, truncated, foreign or of another task.
-        TeacherError: It changed since the run began, shares no class or no level with the student.
+        TeacherError: It changed since the run began, shares no class or no level with the student, or lacks what the
+            method reads.
     """
-    path, expected = Path(recipe.teachers[0][0]), recipe.teachers[0][1]
     with torch.random.fork_rng(devices=[]):
-        model, _ = load_teacher(path, trust=recipe.trust)
-        if sha256(path) != expected:
-            raise TeacherError(f"{path}: changed since this run began; restore it or start a new run")
-        class_map = map_classes(names, model.names)
-        known = None if not class_map.missing else torch.tensor([i >= 0 for i in class_map.index])
-        teacher = DetectTeacher(prepare_teacher(model, class_map), known)
+        teacher = build_teacher(recipe, names, student)
         strides = common_strides(head_strides(student), teacher.strides)
         method = build_method(
             recipe.method, recipe.args, describe(student, strides), teacher.describe(strides), seed=seed
         )
         teacher.check_reads(recipe.method, method.reads)
         wrapped = KDModel(teacher, student, method, balance=recipe.balance)
-    LOGGER.info(f"KD: method {recipe.method}, teacher {path}; {class_map.describe()}; levels at strides {strides}")
+    LOGGER.info(f"KD: method {recipe.method}; levels at strides {strides}")
     return wrapped

@@ -17,14 +17,16 @@ from ultralytics.data import build_yolo_dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.tasks import load_checkpoint
-from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, RANK
+from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, RANK, WORLD_SIZE
 from ultralytics.utils.torch_utils import strip_optimizer, torch_distributed_zero_first, unwrap_model
 
 from kd_yolo.config import Recipe, read_recipe
-from kd_yolo.distill.model import BatchProbe, KDModel
+from kd_yolo.distill.model import KDModel
+from kd_yolo.distill.probe import BatchProbe
+from kd_yolo.distill.pseudo import PseudoLabels
 from kd_yolo.distill.schedule import Schedule
 from kd_yolo.distill.wrap import wrap_student
-from kd_yolo.errors import DistillationError
+from kd_yolo.errors import ConfigError, DistillationError
 from kd_yolo.files import written_aside
 from kd_yolo.nn.student import build_student
 from kd_yolo.tasks.exact_resume import (
@@ -35,6 +37,8 @@ from kd_yolo.tasks.exact_resume import (
     restore_state,
     save_state,
 )
+from kd_yolo.tasks.unlabeled import open_stream
+from kd_yolo.tasks.unlabeled_stream import UnlabeledStream
 
 PROBE_BOXES_PER_IMAGE = 16  # for AutoBatch; the stock estimate of the assigner's memory comes on top
 
@@ -44,6 +48,7 @@ class KDTrainer(DetectionTrainer):
 
     Attributes:
         recipe: The run's recipe, or None for training without a teacher.
+        unlabeled: Images without labels that join every batch, or None.
         steps_since_update: Batches since the last optimizer step, the current one included.
     """
 
@@ -56,9 +61,12 @@ class KDTrainer(DetectionTrainer):
         self._position_unknown = False  # Ultralytics forgets the accumulation counter on resume
         self._batch_in_epoch = 0
         self.steps_since_update = 0
+        self.unlabeled: UnlabeledStream | None = None
         super().__init__(cfg, overrides, _callbacks)
         self.recipe: Recipe | None = read_recipe(self.args.distill_model)
         self.schedule = Schedule.model_validate(self.recipe.schedule) if self.recipe else None
+        if LOCAL_RANK != -1:  # Ultralytics counts the devices of this machine; a job may span several
+            self.world_size = WORLD_SIZE
 
     @property
     def accumulate(self) -> float:
@@ -101,6 +109,8 @@ class KDTrainer(DetectionTrainer):
         super().set_model_attributes()
         if self.recipe is not None and not isinstance(self.model, DistillationModel):
             self.model = wrap_student(self.model, self.recipe, self.data["names"], seed=self.args.seed)
+            if self.recipe.unlabeled is not None and self.recipe.pseudo:
+                self.model.label_with_teacher(PseudoLabels(self.recipe.pseudo_conf, self.recipe.pseudo_weight))
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Any:
         """Build a data set; validation uses the training canvas.
@@ -116,7 +126,8 @@ class KDTrainer(DetectionTrainer):
         model = self.model
         if not isinstance(model, KDModel):
             return super().auto_batch()
-        self.model = BatchProbe(model, PROBE_BOXES_PER_IMAGE)
+        ratio = self.recipe.unlabeled_ratio if self.recipe and self.recipe.unlabeled else 0.0
+        self.model = BatchProbe(model, PROBE_BOXES_PER_IMAGE, ratio)
         try:
             return super().auto_batch()
         finally:
@@ -131,14 +142,17 @@ class KDTrainer(DetectionTrainer):
         super().run_callbacks(event)
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Count the batch and set the schedule; otherwise as stock."""
+        """Count the batch, set the schedule and add unlabeled images; otherwise as stock."""
         self.steps_since_update += 1
         model = unwrap_model(self.model)
         if isinstance(model, KDModel) and self.schedule is not None:
             moment = self.epoch + self._batch_in_epoch / len(self.train_loader)
             model.factor = self.schedule.factor(moment, self.epochs, self.args.close_mosaic)
         self._batch_in_epoch += 1
-        return super().preprocess_batch(batch)
+        batch = super().preprocess_batch(batch)
+        if self.unlabeled is not None and model.uses_unlabeled:
+            batch["unlabeled"] = self.unlabeled.join(batch["img"])
+        return batch
 
     def progress_string(self) -> str:
         """Return the header of the progress line; names that are too long lose ``_loss``."""
@@ -181,6 +195,8 @@ class KDTrainer(DetectionTrainer):
 
     def final_eval(self) -> None:
         """Strip the checkpoints atomically and validate the best one on the training canvas."""
+        if self.unlabeled is not None:
+            self.unlabeled.close()
         with torch_distributed_zero_first(LOCAL_RANK):
             if RANK in {-1, 0}:
                 strip_checkpoints(self.wdir)
@@ -195,8 +211,31 @@ class KDTrainer(DetectionTrainer):
         self.run_callbacks("on_fit_epoch_end")
         self.epoch -= 1
 
+    def _setup_ddp(self) -> None:
+        """Join the other processes.
+
+        Raises:
+            ConfigError: They are to run on CPUs, which Ultralytics' trainer cannot do.
+        """
+        if self.device.type in {"cpu", "mps"}:
+            raise ConfigError(
+                f"device={self.device.type}: {WORLD_SIZE} processes need a GPU each; give device=0,1,... or start one"
+            )
+        super()._setup_ddp()
+
+    def _build_train_pipeline(self) -> None:
+        super()._build_train_pipeline()
+        self.unlabeled = open_stream(self)
+
+    def _close_dataloader_mosaic(self) -> None:
+        super()._close_dataloader_mosaic()
+        if self.unlabeled is not None:
+            self.unlabeled.close_mosaic(self.args)
+
     def _begin_epoch(self) -> None:
         self._batch_in_epoch = 0
+        if self.unlabeled is not None:
+            self.unlabeled.begin_epoch(self.epoch)
         model = unwrap_model(self.model)
         if isinstance(model, KDModel) and self.schedule is not None and model.balance and not model.balance_factors:
             model.balance_due = self.epoch >= self.schedule.warmup_epochs(self.epochs, self.args.close_mosaic)

@@ -4,7 +4,7 @@ A stock ``last.pt`` holds the EMA weights in half precision and resumes from tho
 the live weights, the optimizer, the random streams, leftover gradients and the position of the accumulation counter,
 all in full precision, so that on one machine a resumed run repeats the uninterrupted run's losses digit for digit (CPU,
 or any device whose operations are deterministic, with ``workers=0``; data loader workers have random streams of their
-own).
+own). Unlabeled images need nothing saved: what an epoch draws of them follows from the seed and the epoch.
 
 The state file is named after its epoch and written before ``last.pt`` is renamed into place: whatever moment the power
 fails, ``last.pt`` and the state of the same epoch both exist.
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from ultralytics.utils import LOGGER
+from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from kd_yolo.files import written_aside
@@ -50,6 +50,7 @@ def save_state(trainer: KDTrainer) -> None:
         "balance_factors": dict(getattr(model, "balance_factors", {})),
         "random": _random_state(),
         "mosaic_buffer": list(getattr(dataset, "buffer", [])),
+        "unlabeled": trainer.unlabeled.fingerprint if trainer.unlabeled else None,
     }
     with written_aside(state_path(trainer.wdir, trainer.epoch)) as aside:
         torch.save(state, aside)
@@ -86,6 +87,8 @@ def restore_state(trainer: KDTrainer, state: dict[str, Any]) -> None:
     for index in state["mosaic_buffer"]:
         if dataset.ims[index] is None:
             dataset.load_image(index)  # refills the mosaic buffer in its old order; draws no random number
+    if trainer.unlabeled is not None and trainer.unlabeled.fingerprint != state.get("unlabeled"):
+        LOGGER.warning("unlabeled images were added or removed since the run stopped: it does not go on exactly")
     LOGGER.info(f"Resuming exactly: live weights, optimizer, random streams of epoch {state['epoch'] + 1}")
 
 
@@ -95,6 +98,8 @@ def restore_gradients_and_random(trainer: KDTrainer, state: dict[str, Any]) -> N
     for name, parameter in model.named_parameters():
         gradient = state["gradients"].get(name)
         parameter.grad = None if gradient is None else gradient.to(parameter)
+    if RANK > 0:  # these are the first process's streams; the others would augment as it does
+        return
     streams = state["random"]
     version, internal, gauss = streams["python"]
     random.setstate((version, tuple(internal), gauss))

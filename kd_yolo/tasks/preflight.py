@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from ultralytics.cfg import get_cfg
-from ultralytics.models.yolo.detect import DetectionValidator
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
 from kd_yolo.checkpoints import load_model
 from kd_yolo.config import MethodFile, TrainConfig, stock_keys, validate
 from kd_yolo.data.validate import validate_for_training
-from kd_yolo.distill.base import load_method, parse_args
+from kd_yolo.distill.base import build_method, load_method, parse_args
+from kd_yolo.distill.combine import combined_file, gives_weight, is_combination, merged_args, nested_args
 from kd_yolo.distill.schedule import Schedule
-from kd_yolo.distill.taps import common_strides, head_strides
-from kd_yolo.distill.teacher import load_teacher, map_classes, prepare_teacher
+from kd_yolo.distill.taps import common_strides, describe, head_strides
+from kd_yolo.distill.teacher import map_classes
+from kd_yolo.distill.teachers.base import Teacher
+from kd_yolo.distill.teachers.build import TeacherFile, open_teacher
+from kd_yolo.distill.teachers.cache import check_repeating_views
+from kd_yolo.distill.teachers.detect import DetectTeacher
+from kd_yolo.distill.teachers.several import SeveralTeachers
+from kd_yolo.distill.teachers.validation import validate_detector, validate_teacher
 from kd_yolo.errors import ConfigError, TeacherError
+from kd_yolo.images import dataset_names
 from kd_yolo.nn.student import StudentSpec, student_spec
 from kd_yolo.resources import find, load_yaml
 
@@ -30,27 +38,31 @@ def resolve_method(
 ) -> dict[str, Any]:
     """Return the method with file, then command-line arguments applied, all validated.
 
+    Of a combination the arguments are nested by member. Its default balance holds until a weight is given by hand:
+    balancing would undo that weight.
+
     Raises:
         ConfigError: Unknown method, argument or schedule key.
     """
     if config.method == "none" or config.teacher == "none":
-        given = [f"kd.{k}" for k in groups["kd"]] + [f"schedule.{k}" for k in groups["schedule"]]
-        if given:
-            raise ConfigError(f"{given[0]} has no effect without a teacher; drop it or set teacher= and method=")
+        useless = [f"kd.{k}" for k in groups["kd"]] + [f"schedule.{k}" for k in groups["schedule"]]
+        if useless:
+            raise ConfigError(f"{useless[0]} has no effect without a teacher; drop it or set teacher= and method=")
         return {"name": "none", "args": {}, "schedule": {}, "balance": None}
-    if "." in config.method and not config.method.endswith((".yaml", ".yml")):
-        method = MethodFile(name=config.method)  # a third party's module
-    else:
-        path = find("methods", config.method)
-        method = validate(MethodFile, load_yaml(path), where=str(path))
+    method = _method_file(config.method)
     load_method(method.name)
-    arguments = {**method.args, **groups["kd"]}
+    balance, given = method.balance, groups["kd"]
+    if is_combination(method.name):
+        arguments = merged_args(nested_args(method.name, method.args), nested_args(method.name, given))
+        balance = None if gives_weight(given) else balance
+    else:
+        arguments = {**method.args, **given}
     schedule = {**method.schedule, **groups["schedule"]}
     parse_args(method.name, arguments)
     defaults = stock_keys()
     epochs, tail = (int(stock.get(key, defaults[key])) for key in ("epochs", "close_mosaic"))
     validate(Schedule, schedule, where="schedule").active_epochs(max(epochs, 1), tail)
-    balance = config.balance if config.balance is not None else method.balance
+    balance = config.balance if config.balance is not None else balance
     return {"name": method.name, "args": arguments, "schedule": schedule, "balance": balance}
 
 
@@ -78,13 +90,14 @@ def teacher_files(config: TrainConfig) -> tuple[Path, ...]:
 def check_training_inputs(
     config: TrainConfig, stock: Mapping[str, Any], data: Path, student: StudentSpec
 ) -> dict[str, Any]:
-    """Check stock arguments, canvas and labels.
+    """Check stock arguments, canvas, views and labels.
 
     Returns:
         The canvas that will be used (``imgsz``, pixels).
 
     Raises:
-        ConfigError: A stock argument of the wrong type or range, or a canvas that is no multiple of the stride.
+        ConfigError: A stock argument of the wrong type or range, a canvas that is no multiple of the stride, or a
+            teacher cache that would never be read.
         DataError: The data set would not train.
     """
     imgsz = stock.get("imgsz", load_yaml(data).get("imgsz", 640))
@@ -95,6 +108,7 @@ def check_training_inputs(
         raise ConfigError(str(error).splitlines()[0]) from error
     if stock.get("epochs") is not None and int(stock["epochs"]) < 1:
         raise ConfigError(f"epochs={stock['epochs']}: at least 1 is needed")
+    check_cache(config, stock)
     validate_for_training(data)
     return {"imgsz": imgsz}
 
@@ -121,6 +135,7 @@ def check_teacher(
     student: StudentSpec,
     path: Path | None = None,
     metrics: Mapping[str, float] | None = None,
+    method: Mapping[str, Any] | None = None,
 ) -> None:
     """Refuse a teacher that cannot help: wrong task, classes, levels, canvas, or hardly better than chance.
 
@@ -129,29 +144,89 @@ def check_teacher(
         data: Ready data YAML.
         imgsz: Canvas, pixels.
         student: What will be trained.
-        path: Teacher checkpoint; None takes ``config.teacher``.
+        path: Teacher's file; None takes all of ``config.teacher``, each judged on its own.
         metrics: Its validation metrics on this canvas when they are known already.
+        method: What ``resolve_method`` returned, to check too that the teachers give what it reads.
 
     Raises:
         CheckpointError: Missing, truncated, foreign or another task.
+        ModelError: An ONNX file that is missing, damaged or no detector.
         TeacherError: It does not fit, or is weak and ``allow_weak_teacher`` is not set.
     """
-    path = path or Path(config.teacher).expanduser()
-    model, checkpoint = load_teacher(path, trust=config.trust)
-    names = load_yaml(data)["names"]
-    names = dict(enumerate(names)) if isinstance(names, list) else {int(k): str(v) for k, v in names.items()}
-    class_map = map_classes(names, model.names)
-    common_strides(head_strides(student.build(nc=len(names))), head_strides(model))
-    trained_at = (checkpoint.get("train_args") or {}).get("imgsz")
-    if isinstance(trained_at, int) and trained_at != imgsz and not config.allow_other_canvas:
+    names = dict(enumerate(dataset_names(data)))
+    network = student.build(nc=len(names))
+    members = []
+    for file in (path,) if path else teacher_files(config):
+        found = open_teacher(file, trust=config.trust)
+        members.append((found, found.make(map_classes(names, found.names))))
+        common_strides(head_strides(network), members[-1][1].strides)
+        _check_teacher_canvas(config, found, imgsz)
+    teachers = [teacher for _, teacher in members]
+    merged = teachers[0] if len(teachers) == 1 else SeveralTeachers(teachers, len(names))
+    if method is not None:
+        check_method(method, merged, network)
+    for found, teacher in members:  # last, for it takes a pass over the validation data
+        _check_strength(config, found.path, metrics or _teacher_metrics(teacher, names, data, imgsz))
+
+
+def check_method(method: Mapping[str, Any], teacher: Teacher, student: DetectionModel) -> None:
+    """Refuse a teacher that does not give what the method reads.
+
+    Args:
+        method: What ``resolve_method`` returned.
+        teacher: Of the data set's classes.
+        student: A detector of the student's structure, with the data set's classes.
+
+    Raises:
+        TeacherError: As said, or the two share no level.
+        ConfigError: The method cannot work with these two.
+    """
+    strides = common_strides(head_strides(student), teacher.strides)
+    built = build_method(method["name"], method["args"], describe(student, strides), teacher.describe(strides))
+    teacher.check_reads(method["name"], built.reads)
+
+
+def check_cache(config: TrainConfig, stock: Mapping[str, Any]) -> None:
+    """Refuse a teacher cache that could never be read from.
+
+    Raises:
+        ConfigError: There is no teacher, or the training makes a new view of an image every time.
+    """
+    if config.cache_teacher is None:
+        return
+    if config.method == "none" or config.teacher == "none":
+        raise ConfigError(f"cache_teacher={config.cache_teacher} has no effect without a teacher; drop it")
+    check_repeating_views(stock)
+
+
+def _check_teacher_canvas(config: TrainConfig, found: TeacherFile, imgsz: int) -> None:
+    """Refuse a teacher that takes another canvas, or was trained on another and is not allowed to."""
+    if found.canvas is not None and found.canvas != (imgsz, imgsz):
+        height, width = found.canvas
+        hint = f"set imgsz={height}, or " if height == width else ""
         raise TeacherError(
-            f"{path}: trained at imgsz={trained_at}, this run is at {imgsz}; set imgsz={trained_at}, train a teacher "
-            f"at {imgsz}, or pass allow_other_canvas=true"
+            f"{found.path}: its canvas is fixed at {height}x{width}, this run is at {imgsz}; {hint}export it again "
+            "with dynamic=true"
         )
-    if metrics is None:
-        metrics = validate_model(prepare_teacher(model, class_map), names, data, imgsz)
+    trained_at = found.trained_at
+    if trained_at not in {None, imgsz} and not config.allow_other_canvas:
+        raise TeacherError(
+            f"{found.path}: trained at imgsz={trained_at}, this run is at {imgsz}; set imgsz={trained_at}, train a "
+            f"teacher at {imgsz}, or pass allow_other_canvas=true"
+        )
+
+
+def _teacher_metrics(teacher: Teacher, names: Mapping[int, str], data: Path, imgsz: int) -> dict[str, float]:
+    """Return validation metrics on the square training canvas; a YOLO teacher is judged by its own predictions."""
+    if isinstance(teacher, DetectTeacher):
+        # A copy: Ultralytics' validator removes the branch that it does not predict with.
+        return validate_detector(deepcopy(teacher.model), names, data, imgsz).metrics
+    return validate_teacher(teacher, names, data, imgsz).metrics
+
+
+def _check_strength(config: TrainConfig, path: Path, metrics: Mapping[str, float]) -> None:
     map50 = float(metrics["metrics/mAP50(B)"])
-    LOGGER.info(f"teacher {path}: mAP50 {map50:.4f} on the validation data at imgsz {imgsz}")
+    LOGGER.info(f"teacher {path}: mAP50 {map50:.4f} on the validation data")
     if map50 < WEAK_TEACHER_MAP50 and not config.allow_weak_teacher:
         raise TeacherError(
             f"{path}: mAP50 {map50:.4f} on the validation data is below {WEAK_TEACHER_MAP50}; so weak a teacher "
@@ -159,10 +234,11 @@ def check_teacher(
         )
 
 
-def validate_model(model: Any, names: Mapping[int, str], data: Path, imgsz: int) -> dict[str, float]:
-    """Return validation metrics of a model in memory on the square training canvas."""
-    model.names = dict(names)
-    arguments = {"data": str(data), "imgsz": imgsz, "rect": False, "plots": False, "task": "detect", "mode": "val"}
-    with tempfile.TemporaryDirectory(prefix="kd-yolo-val-") as folder:
-        validator = DetectionValidator(save_dir=Path(folder), args=arguments)
-        return {k: float(v) for k, v in validator(model=model).items()}
+def _method_file(name: str) -> MethodFile:
+    """Return the file that a method's name stands for, or what one would hold."""
+    if is_combination(name):
+        return combined_file(name)
+    if "." in name and not name.endswith((".yaml", ".yml")):
+        return MethodFile(name=name)  # a third party's module
+    path = find("methods", name)
+    return validate(MethodFile, load_yaml(path), where=str(path))

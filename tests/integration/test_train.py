@@ -15,7 +15,8 @@ import yaml
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 
 from kd_yolo.config import Recipe, read_recipe, split_train_keys
-from kd_yolo.distill.model import BatchProbe, KDModel
+from kd_yolo.distill.model import KDModel
+from kd_yolo.distill.probe import BatchProbe
 from kd_yolo.distill.teacher import load_teacher
 from kd_yolo.distill.wrap import wrap_student
 from kd_yolo.errors import DistillationError, TeacherError

@@ -30,7 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"resources", "files", "tables"}),
     # outside input: keys and YAML, .pt files, their origin, devices
     frozenset({"config", "checkpoints", "provenance", "devices"}),
-    frozenset({"data", "nn", "targets"}),
+    frozenset({"data", "nn", "targets", "measured"}),
     frozenset({"images", "inference"}),  # what a detector looks at, and what it says
     frozenset({"runtimes"}),  # what runs an exported file
     frozenset({"bench"}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,6 +9,8 @@ from kd_yolo.distill.base import at_least_float32
 
 # The logit that both sides get for a class the teacher lacks: its probability is 0 in every mode, so nothing is left.
 MASKED_LOGIT = -1e4
+# A sum of weights below this is none at all: what is left of float32's range is for the weights of the losses.
+NO_WEIGHT = 1e-30
 
 
 def teacher_confidence(scores: Tensor) -> Tensor:
@@ -33,5 +34,8 @@ def known_logits(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def positive(total: Tensor) -> Tensor:
-    """Return a sum of weights that can be divided by: never 0."""
-    return total.clamp_min(torch.finfo(total.dtype).tiny)
+    """Return a sum of weights that can be divided by: 1 where it is 0, so that 0 / 0 becomes 0.
+
+    Not the smallest float instead: the gradient's factor, a loss weight over it, would overflow, and inf * 0 is NaN.
+    """
+    return total.masked_fill(total < NO_WEIGHT, 1.0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 from ultralytics.nn.tasks import DetectionModel
 
 from kd_yolo.distill.base import DetectorSpec, Taps
-from kd_yolo.distill.taps import describe, detect_head, teacher_taps
+from kd_yolo.distill.taps import describe, detect_head, head_strides, head_taps, teacher_taps
 from kd_yolo.distill.teachers.base import Teacher
 
 
@@ -39,6 +40,20 @@ class DetectTeacher(Teacher):
     def taps(self, images: Tensor, reads: frozenset[str], strides: Sequence[int], hold: int = 1) -> Taps:
         """Run the detector up to what is read, see the base class."""
         return teacher_taps(self.model, images, reads, strides, hold)
+
+    def with_head(
+        self, taps: Taps, cls: Sequence[Tensor], box: Sequence[Tensor], strides: Sequence[int], hold: int
+    ) -> Taps:
+        """Return taps with the inside of the head from kept holds, see the base class."""
+        head, own = detect_head(self.model), head_strides(self.model)
+        levels = [own.index(s) for s in strides]
+        held = {
+            branches[level][hold - 1]: values
+            for branches, kept in ((head.cv3, cls), (head.cv2, box))
+            for level, values in zip(levels, kept, strict=True)
+            if hold
+        }
+        return replace(taps, head=head_taps(head, taps.neck, held, hold, strides))
 
     @property
     def title(self) -> str:
