@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -161,18 +162,15 @@ def compare(values: Mapping[str, Any]) -> Outcome:
     for key in ("data", "students"):
         if values.get(key) in (None, ""):
             raise ConfigError(f"compare: missing key '{key}'; see kd-yolo compare --help")
-    from kd_yolo.compare.run import compare as run
     from kd_yolo.compare.settings import split_compare_keys
 
     keys, stock = split_compare_keys(values)
+    from kd_yolo.compare.run import compare as run
+
     report = run(keys, stock)
-    if report.failed:
-        first = report.failed[0]
-        raise DistillationError(
-            f"compare: {len(report.failed)} of {len(report.failed) + len(report.runs)} runs failed, the first is "
-            f"{first['name']} ({first['reason']}; log: {first['log']}); all others are in the report, and the same "
-            "command tries again"
-        )
+    if line := report.failure_line():
+        print(report.to_markdown(), file=sys.stderr)
+        raise DistillationError(line)
     return report.to_markdown(), report.to_dict()
 
 

@@ -23,7 +23,15 @@ from kd_yolo.files import check_writable, write_json, write_text, written_aside
 from kd_yolo.resources import load_yaml
 from kd_yolo.tasks.chain import DIRECT, chain_of, check_chain, resolve_stage, run_chain
 from kd_yolo.tasks.phases import PhaseResult, PhaseSpec, run_phase
-from kd_yolo.tasks.preflight import check_teacher, check_training_inputs, resolve_method, resolve_student, teacher_files
+from kd_yolo.tasks.preflight import (
+    check_own_teacher,
+    check_teacher,
+    check_training_inputs,
+    resolve_method,
+    resolve_student,
+    teacher_files,
+)
+from kd_yolo.tasks.unlabeled import check_unlabeled
 
 RUN_FILE = "run.yaml"
 
@@ -88,15 +96,25 @@ def _started(
     stages = chain_of(config)
     student = resolve_stage(config, stages[-1]) if stages else resolve_student(config)
     checked = check_training_inputs(config, stock, data, student)
+    unlabeled = check_unlabeled(config, dict(stock))
     if stages:
-        check_chain(config, stages, data, checked["imgsz"])
+        check_chain(config, stages, data, checked["imgsz"], method)
+    elif config.teacher == "self" and method["name"] != "none":
+        check_own_teacher(method, student, resolve_student(config, teacher=True), data)
     elif config.teacher not in {"self", "none"}:
-        check_teacher(config, data, checked["imgsz"], student)
+        check_teacher(config, data, checked["imgsz"], student, method=method)
     run_dir = _new_run_dir(stock)
     stock_arguments = {k: v for k, v in stock.items() if k not in {"project", "name", "exist_ok"}}
     plan = {
         "kd_yolo_run": 1,
-        "config": {**config.model_dump(), "data": str(data), "resume": False},
+        # absolute paths: the run may be resumed from another folder
+        "config": {
+            **config.model_dump(),
+            "data": str(data),
+            "teacher": ",".join(map(str, teacher_files(config))) or config.teacher,
+            "unlabeled": str(unlabeled) if unlabeled else None,
+            "resume": False,
+        },
         "stock": {**stock_arguments, "imgsz": checked["imgsz"]},
         "method": method,
     }

@@ -12,30 +12,26 @@ import contextlib
 import logging
 import os
 import re
-import signal
 import socket
-import subprocess
 import sys
-import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_yolo.compare.claims import CLAIM_FILE
-from kd_yolo.compare.job import Job, JobResult, Status, run_job
+from kd_yolo.compare.job import Job, JobResult, Status
 from kd_yolo.compare.local import RUN_GB
 from kd_yolo.compare.outcome import finished
+from kd_yolo.compare.ray_worker import run_on_worker
 from kd_yolo.errors import BackendMissingError, ConfigError, KDYoloError
 
 LOST_RETRIES = 3  # how often a run is sent out again after its worker or machine died; Ray's own default
 BYTES_PER_PIXEL = 800  # of a training batch on a CPU, small detector beside a small teacher (benchmarks/step_time.py)
 CONNECT_S = 5.0
 CANCEL_S = 30.0  # a cancelled run ends its training in order first
-SEEN_S = 10.0  # a network file system may show a new file late
 OBJECT_STORE_BYTES = 100 * 2**20  # only job descriptions and results pass through it
-HOW = "start one with `ray start --head` here, or give address=local or address=HOST:PORT"
+HOW = "start one with `ray start --head`, join one with `ray start --address=HOST:PORT`, or give address=local"
 
 
 def execute(
@@ -49,7 +45,8 @@ def execute(
 ) -> list[JobResult]:
     """Do runs on a Ray cluster and return their results in the order of ``jobs``.
 
-    Finished runs are found here; without any other no cluster is needed. Ctrl-C cancels what runs; every run can be taken up again by the same command.
+    Finished runs are found here; no cluster is needed when all are. Ctrl-C cancels what runs; the same command takes it
+    up again.
 
     Args:
         jobs: The runs; every machine must see their folders.
@@ -114,7 +111,7 @@ def connected(address: str) -> Iterator[Any]:
 def memory_bytes(job: Job) -> int:
     """Return an estimate of the main memory a run needs, for scheduling only; it limits nothing.
 
-    A CPU run: 1 GB and what a batch takes, at least ``RUN_GB``; a GPU run: 4 GB, the batch being on the device.
+    On a CPU 1 GB and what a batch takes, at least ``RUN_GB``; on a GPU 4 GB, the batch being on the device.
     """
     if job.gpus:
         return int(4e9)
@@ -193,51 +190,6 @@ class _Dispatch:
             self.ray.wait(list(self.running), num_returns=len(self.running), timeout=CANCEL_S)
 
 
-def _run_on_worker(job: Job, mark: Path) -> JobResult:
-    """Do one run, in a worker process of the cluster."""
-    end = time.monotonic() + SEEN_S
-    while not mark.is_file():
-        if time.monotonic() > end:
-            where = f"{socket.gethostname()} does not see {mark.parent}"
-            return _result(
-                job, "failed", reason=f"{where}; give project= in a folder that all machines of the cluster share"
-            )
-        time.sleep(0.5)
-    with _guarded(job):
-        return run_job(job)
-
-
-@contextlib.contextmanager
-def _guarded(job: Job) -> Iterator[None]:
-    """Have a small process end the training should this worker be killed.
-
-    The training has a session of its own and would go on without its worker, on processors that Ray gives to the next
-    run. The guard notices the death by the end of its standard input.
-    """
-    command = [sys.executable, "-I", "-S", "-c", _GUARD, str(job.folder / CLAIM_FILE), str(os.getpid())]
-    guard = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-    assert guard.stdout is not None
-    guard.stdout.readline()  # it watches from here on
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            guard.communicate(b"done")
-
-
-_GUARD = f"""
-import json, os, sys
-print("watching", flush=True)
-if not sys.stdin.read():
-    try:
-        claim = json.load(open(sys.argv[1]))
-        if claim["pid"] == int(sys.argv[2]):
-            os.killpg(claim["child"]["pid"], {int(signal.SIGKILL)})
-    except (OSError, ValueError, KeyError):
-        pass  # no training under way
-"""
-
-
 def _task(ray: Any, job: Job, nodes: Sequence[Mapping[str, float]]) -> Any:
     """Return a run's remote function with its one resource request.
 
@@ -255,7 +207,7 @@ def _task(ray: Any, job: Job, nodes: Sequence[Mapping[str, float]]) -> Any:
     memory = min(memory_bytes(job), int(max(node.get("memory", 0) for node in able)))  # an estimate must not exclude
     # Lost runs are sent out again here, not by Ray, which would repeat one that fills a machine's memory for ever.
     options = {"num_cpus": job.threads, "num_gpus": job.gpus, "memory": memory, "max_retries": 0}
-    return ray.remote(_run_on_worker).options(**options, name=job.name)
+    return ray.remote(run_on_worker).options(**options, name=job.name)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from kd_yolo.errors import ConfigError, TeacherError
 from kd_yolo.nn.student import StudentSpec
 from kd_yolo.resources import load_yaml
 from kd_yolo.tasks.phases import PhaseResult, PhaseSpec, run_phase
-from kd_yolo.tasks.preflight import check_teacher, resolve_student
+from kd_yolo.tasks.preflight import check_own_teacher, check_teacher, resolve_student
 
 DIRECT = "direct"
 
@@ -48,13 +49,16 @@ def chain_of(config: TrainConfig) -> list[str]:
     return stages
 
 
-def check_chain(config: TrainConfig, stages: list[str], data: Path, imgsz: int) -> None:
+def check_chain(config: TrainConfig, stages: list[str], data: Path, imgsz: int, method: Mapping[str, Any]) -> None:
     """Refuse a chain that would fail at a later stage.
 
     Raises:
-        KDYoloError: A model that does not exist, or a first checkpoint that cannot teach this data set.
+        KDYoloError: A model that does not exist, two stages that do not fit the method, or a first checkpoint that
+            cannot teach this data set.
     """
     students = [resolve_stage(config, name) for name in stages]
+    for teacher, student in (*pairwise(students), (students[0], students[-1])):
+        check_own_teacher(method, student, teacher, data)
     if is_ready_teacher(stages[0], data, config.trust):
         check_teacher(config, data, imgsz, students[1], Path(stages[0]).expanduser())
 

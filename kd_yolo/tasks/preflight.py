@@ -38,8 +38,8 @@ def resolve_method(
 ) -> dict[str, Any]:
     """Return the method with file, then command-line arguments applied, all validated.
 
-    Of a combination the arguments are nested by member. Its default balance holds until a weight is given by hand:
-    balancing would undo that weight.
+    Of a combination the arguments are nested by member. A method's default balance holds until a weight is given by
+    hand: balancing would undo that weight.
 
     Raises:
         ConfigError: Unknown method, argument or schedule key.
@@ -51,10 +51,10 @@ def resolve_method(
         return {"name": "none", "args": {}, "schedule": {}, "balance": None}
     method = _method_file(config.method)
     load_method(method.name)
-    balance, given = method.balance, groups["kd"]
+    given = groups["kd"]
+    balance = None if gives_weight(given) else method.balance
     if is_combination(method.name):
         arguments = merged_args(nested_args(method.name, method.args), nested_args(method.name, given))
-        balance = None if gives_weight(given) else balance
     else:
         arguments = {**method.args, **given}
     schedule = {**method.schedule, **groups["schedule"]}
@@ -184,6 +184,17 @@ def check_method(method: Mapping[str, Any], teacher: Teacher, student: Detection
     strides = common_strides(head_strides(student), teacher.strides)
     built = build_method(method["name"], method["args"], describe(student, strides), teacher.describe(strides))
     teacher.check_reads(method["name"], built.reads)
+
+
+def check_own_teacher(method: Mapping[str, Any], student: StudentSpec, teacher: StudentSpec, data: Path) -> None:
+    """Refuse a method that cannot work with a teacher that the run trains itself, before it is trained.
+
+    Raises:
+        TeacherError: The two share no level.
+        ConfigError: The method cannot work with these two.
+    """
+    classes = len(dataset_names(data))
+    check_method(method, DetectTeacher(teacher.build(nc=classes)), student.build(nc=classes))
 
 
 def check_cache(config: TrainConfig, stock: Mapping[str, Any]) -> None:

@@ -24,7 +24,12 @@ Keys = Callable[..., tuple[CompareKeys, dict[str, Any]]]
 @pytest.fixture
 def keys(tiny_data: Path, tiny_teacher: Path, tmp_path: Path) -> Keys:
     def build(**given: Any) -> tuple[CompareKeys, dict[str, Any]]:
-        base = {"data": str(tiny_data), "students": "lightnet-n", "methods": "none,score-l2", "seeds": "0"}
+        base: dict[str, Any] = {
+            "data": str(tiny_data),
+            "students": "lightnet-n",
+            "methods": "none,score-l2",
+            "seeds": "0",
+        }
         base |= {"teacher": str(tiny_teacher), "allow_weak_teacher": True, "project": str(tmp_path), "device": "cpu"}
         base |= {"epochs": 2, "imgsz": 64, "batch": 8, "workers": 0, "close_mosaic": 0, "jobs": 2, "threads": 1}
         return split_compare_keys({**base, **given})

@@ -22,8 +22,9 @@ from kd_yolo.compare.claims import CLAIM_FILE  # noqa: E402
 from kd_yolo.compare.job import Job, JobResult  # noqa: E402
 from kd_yolo.compare.ray_engine import execute  # noqa: E402
 
-EPOCHS = 8
+EPOCHS = 4
 # In place of `python -m kd_yolo train`: as many epochs, one line each; taken up again, it goes on after the last line.
+# With HOLD it stops after two epochs until that file is there; taken up again, it does not.
 TRAINING = (
     f"EPOCHS = {EPOCHS}"
     + """
@@ -42,9 +43,11 @@ with (folder / "starts").open("a") as stream:
     stream.write(json.dumps({"pid": os.getpid(), "worker": os.getppid()}) + "\\n")
 epochs = folder / "epochs"
 for epoch in range(len(epochs.read_text().splitlines()) if epochs.exists() else 0, EPOCHS):
-    time.sleep(0.3)
+    time.sleep(0.1)
     with epochs.open("a") as stream:
         stream.write(f"{epoch} {os.getpid()}\\n")
+    while epoch == 1 and "HOLD" in os.environ and "resume" not in keys and not Path(os.environ["HOLD"]).exists():
+        time.sleep(0.05)
 (folder / "weights").mkdir(exist_ok=True)
 (folder / "weights" / "best.pt").write_bytes(b"weights")
 score = {"metrics/mAP50-95(B)": int(folder.name.split("-")[1]) / 10}
@@ -62,11 +65,11 @@ class Nodes:
     second: Any
     program: Path
 
-    def jobs(self, folder: Path, count: int = 4, **arguments: Any) -> list[Job]:
-        keys = {"method": "none", **arguments}
-        environment = {"PYTHONPATH": str(self.program)}
-        places = [folder / "runs" / f"run-{i}" for i in range(count)]
-        return [Job(place.name, place.name, place, keys, environment) for place in places]
+    def jobs(self, folder: Path, count: int, hold: tuple[int, ...] = (), **arguments: Any) -> list[Job]:
+        keys, places = {"method": "none", **arguments}, [folder / "runs" / f"run-{i}" for i in range(count)]
+        plain = {"PYTHONPATH": str(self.program)}
+        held = {**plain, "HOLD": str(folder / "go")}
+        return [Job(f.name, f.name, f, keys, held if i in hold else plain) for i, f in enumerate(places)]
 
 
 @pytest.fixture(scope="module")
@@ -151,12 +154,12 @@ def check_all_done(jobs: list[Job], results: list[JobResult]) -> None:
 
 
 def test_execute__a_killed_worker_loses_nothing(nodes: Nodes, tmp_path: Path) -> None:
-    jobs = nodes.jobs(tmp_path)
+    jobs = nodes.jobs(tmp_path, 4, hold=(1,))
     lost: list[str] = []
     done: list[str] = []
 
     def kill() -> None:
-        wait_for(lambda: len(epochs(jobs[1])) >= 2)
+        wait_for(lambda: len(epochs(jobs[1])) == 2)
         os.kill(starts(jobs[1])[0]["worker"], signal.SIGKILL)
 
     join = in_background(kill)
@@ -192,7 +195,7 @@ def test_execute__bad_input_is_not_tried_again(nodes: Nodes, connection: None, t
 
 
 def test_execute__interrupted_and_taken_up_again(nodes: Nodes, connection: None, tmp_path: Path) -> None:
-    jobs = nodes.jobs(tmp_path, 3)
+    jobs = nodes.jobs(tmp_path, 3, hold=(1, 2))
 
     def interrupt(result: JobResult) -> None:
         raise KeyboardInterrupt
@@ -201,18 +204,21 @@ def test_execute__interrupted_and_taken_up_again(nodes: Nodes, connection: None,
         execute(jobs, on_done=interrupt, address=nodes.address)
     assert not any(lives(start["pid"]) for job in jobs for start in starts(job))
     assert not any((job.folder / CLAIM_FILE).exists() for job in jobs)
-    before = [len(epochs(job)) for job in jobs]
-    assert sum(before) < EPOCHS * len(jobs)
+    assert [len(epochs(job)) == EPOCHS for job in jobs] == [True, False, False]
+    (tmp_path / "go").touch()
     check_all_done(jobs, execute(jobs, workers=2, address=nodes.address))
 
 
 def test_execute__a_lost_machine_loses_nothing(nodes: Nodes, connection: None, tmp_path: Path) -> None:
-    jobs = nodes.jobs(tmp_path, 3)
+    jobs = nodes.jobs(tmp_path, 3, hold=(0, 1, 2))
     lost: list[str] = []
 
     def take_away() -> None:
-        wait_for(lambda: sum(bool(epochs(job)) for job in jobs) == 2)  # one on each node
+        wait_for(lambda: sum(len(epochs(job)) == 2 for job in jobs) == 2)  # one on each node
+        first = [starts(job)[0]["pid"] for job in jobs if starts(job)]
         nodes.cluster.remove_node(nodes.second, allow_graceful=False)
+        wait_for(lambda: not all(map(lives, first)))  # what it was training is gone with it
+        (tmp_path / "go").touch()
 
     join = in_background(take_away)
     results = execute(jobs, address=nodes.address, on_lost=lost.append)

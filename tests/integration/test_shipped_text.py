@@ -13,8 +13,10 @@ from pydantic import BaseModel
 
 from kd_yolo import data_commands
 from kd_yolo.command_table import COMMANDS
+from kd_yolo.compare.settings import split_compare_keys
 from kd_yolo.config import REPLACED_KEYS, parse_pairs, split_train_keys, stock_keys
 from kd_yolo.errors import ConfigError
+from kd_yolo.measured import measured_methods
 from kd_yolo.resources import builtin_root, find
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +35,9 @@ DATA_SCHEMAS: dict[str, type[BaseModel]] = {
 
 @pytest.mark.parametrize("path", YAMLS, ids=[f"{path.parent.name}/{path.stem}" for path in YAMLS])
 def test_yaml__every_shipped_file_is_valid(path: Path) -> None:
+    if path.parent.name == "measured":
+        assert measured_methods().methods
+        return
     assert find(path.parent.name, path.stem) == path
     {"models": check_model, "methods": check_method, "datasets": check_dataset, "targets": check_target}[
         path.parent.name
@@ -133,6 +138,9 @@ def check_line(line: str) -> None:
     values.pop("json", None)
     if name == "train":
         check_train(values)
+        return
+    if name == "compare":
+        split_compare_keys(values)
         return
     known = _keys(schema) if schema else {*COMMANDS[name].keys, *(stock_keys() if COMMANDS[name].stock else ())}
     for key in values:

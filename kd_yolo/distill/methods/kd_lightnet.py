@@ -47,7 +47,7 @@ class KDLightNetArgs(MethodArgs):
     """Arguments of ``kd-lightnet``."""
 
     tau: float = Field(default=1.0, gt=0.0, description="temperature of the class logits")
-    gamma: float = Field(default=1.0, ge=0.0, description="power of |p - q|, the focus on disagreement")
+    gamma: float = Field(default=0.0, ge=0.0, description="power of |p - q|, the focus on disagreement")
     alpha: float = Field(default=0.5, ge=0.0, le=1.0, description="teacher's confidence (1) against foreground (0)")
     mode: Mode = Field(default="bernoulli", description="bernoulli, softmax_bg (K + 1) or softmax (YOLOv6's)")
     cls_weight: float = Field(default=1.0, ge=0.0, description="factor on kd_cls; 0 leaves the term out")

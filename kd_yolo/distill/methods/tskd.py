@@ -16,6 +16,7 @@ of the teacher's branch ("reused"). Z is the assigner's soft count of positives.
 
 ``variant=published`` is what the released code computes: CRD and the first two terms of DED. It also computes the
 structural term and the relations, but in a second statement whose result is thrown away, so they never train anything.
+Its alphas of 5e-4 are 1e-4 here, where neck maps are louder than those they were made for.
 ``variant=intended``, the default, is what the abstract describes: every part, with weights that let it count. It is
 the default because a method should do what it is named for; its extra terms are a fraction of DED by default, so that
 little is lost where they do not help.

@@ -92,6 +92,32 @@ def build_teacher(recipe: Recipe, names: Mapping[int, str], student: DetectionMo
         CheckpointError: A file is missing, truncated, foreign or of another task.
         TeacherError: A file changed since the run began, or shares no class or level with the others.
     """
+    members = _members(recipe, names)
+    teacher = members[0] if len(members) == 1 else _merged(members, recipe, names, student)
+    return cached(teacher, recipe, names) if recipe.cache_teacher else teacher
+
+
+def prepare_merge(recipe: Recipe, recipe_file: Path, names: Mapping[int, str], data: Path, imgsz: int) -> None:
+    """Measure what ``teacher_merge=per_class`` chooses by, in the process that starts a run; otherwise do nothing.
+
+    The processes of a multi-GPU run cannot validate on their own; they read what this leaves beside the recipe.
+
+    Args:
+        recipe: What to distil from.
+        recipe_file: Where it lies.
+        names: The data set's class names.
+        data: Ready data YAML.
+        imgsz: Canvas, pixels.
+
+    Raises:
+        KDYoloError: As ``build_teacher``.
+    """
+    if recipe.teacher_merge == "per_class" and len(recipe.teachers) > 1:
+        arguments = {"data": str(data), "imgsz": imgsz, "distill_model": str(recipe_file)}
+        best_teachers(_members(recipe, names), recipe, names, arguments)
+
+
+def _members(recipe: Recipe, names: Mapping[int, str]) -> list[Teacher]:
     members = []
     for path, expected in recipe.teachers:
         found = open_teacher(Path(path), recipe.trust)
@@ -100,8 +126,7 @@ def build_teacher(recipe: Recipe, names: Mapping[int, str], student: DetectionMo
         class_map = map_classes(names, found.names)
         members.append(found.make(class_map))
         LOGGER.info(f"KD: teacher {path}, {members[-1].title}; {class_map.describe()}")
-    teacher = members[0] if len(members) == 1 else _merged(members, recipe, names, student)
-    return cached(teacher, recipe, names) if recipe.cache_teacher else teacher
+    return members
 
 
 def _merged(members: list[Teacher], recipe: Recipe, names: Mapping[int, str], student: DetectionModel) -> Teacher:

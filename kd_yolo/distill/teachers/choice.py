@@ -35,7 +35,7 @@ def best_teachers(
     """
     if not arguments.get("data"):
         raise ConfigError("teacher_merge=per_class chooses by validation AP and needs data=; use teacher_merge=mean")
-    data, imgsz = str(arguments["data"]), int(arguments["imgsz"])
+    data, imgsz = str(Path(str(arguments["data"])).resolve()), int(arguments["imgsz"])
     asked = {
         "teachers": [digest for _, digest in recipe.teachers],
         "classes": [names[key] for key in sorted(names)],

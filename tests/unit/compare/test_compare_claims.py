@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ def left_behind(folder: Path, **given: Any) -> Path:
     """Write the claim of some other process."""
     folder.mkdir(exist_ok=True)
     file = folder / CLAIM_FILE
-    file.write_text(json.dumps({"host": claims.socket.gethostname(), "pid": 2**22 + 1, "id": "other", **given}))
+    file.write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1, "id": "other", **given}))
     return file
 
 

@@ -140,7 +140,7 @@ def test_fitting_workers__four_cores(
 
 def test_fitting_workers__little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "physical_cores", lambda: list(range(64)))
-    monkeypatch.setattr(local.psutil, "virtual_memory", lambda: type("M", (), {"available": 7e9})())
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 7e9})())
     assert fitting_workers(100, None, None, [])[0] == 3
 
 

@@ -49,7 +49,12 @@ def lay(data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cells_module, "check_training_inputs", lambda *given: {})
 
     def build(**given: Any) -> Plan:
-        base = {"data": str(data), "students": "lightnet-n", "methods": "none,score-l2", "teacher": str(teacher)}
+        base: dict[str, Any] = {
+            "data": str(data),
+            "students": "lightnet-n",
+            "methods": "none,score-l2",
+            "teacher": str(teacher),
+        }
         base |= {"seeds": "0,1", "epochs": 4, "imgsz": 64, "batch": 8, "device": "cpu", "project": str(tmp_path)}
         return plan(*split_compare_keys({**base, **given}))
 

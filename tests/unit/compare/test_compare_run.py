@@ -190,7 +190,7 @@ def test_compare__ray_engine_gets_the_runs(go: Compare, monkeypatch: pytest.Monk
 
     def execute(jobs: Sequence[Job], *, on_done: Any, **given: Any) -> list[JobResult]:
         seen.update(given, jobs=len(jobs))
-        return [local.run_job(job) for job in jobs]
+        return local.execute(jobs, workers=1)
 
     monkeypatch.setitem(sys.modules, "kd_yolo.compare.ray_engine", SimpleNamespace(execute=execute))
     import kd_yolo.compare
@@ -231,7 +231,9 @@ def test_duration__units(seconds: float, said: str) -> None:
 
 
 def test_track__only_what_is_on_and_installed(go: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report, logged = go(), {}
+    report = go()
+    files: list[str] = []
+    logged: dict[str, Any] = {"files": files}
 
     class MLflow(SimpleNamespace):
         def start_run(self, run_name: str) -> Any:
@@ -244,7 +246,7 @@ def test_track__only_what_is_on_and_installed(go: Compare, tmp_path: Path, monke
         set_experiment=lambda name: logged.update(experiment=name),
         log_params=lambda values: logged.update(params=values),
         log_metrics=lambda values: logged.update(metrics=values),
-        log_artifact=lambda file: logged.setdefault("files", []).append(Path(file).name),
+        log_artifact=lambda file: files.append(Path(file).name),
     )
     monkeypatch.setattr(tracking, "SETTINGS", {"mlflow": False, "tensorboard": False})
     assert tracking.track(report, tmp_path, "x") == []

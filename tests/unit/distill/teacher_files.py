@@ -89,7 +89,7 @@ def batch_of(images: int = 2, imgsz: int = 64) -> dict[str, Any]:
 def check_step(kd: KDModel, imgsz: int = 64) -> dict[str, float]:
     """Take one step; the losses are finite and all above 0, and reach the student (the model checks that too)."""
     loss, items = kd.loss(batch_of(imgsz=imgsz))
-    loss.sum().backward()
+    torch.autograd.backward(loss.sum())
     terms = {name: float(items[name]) for name in kd.term_names}
     assert all(value > 1e-4 for value in terms.values()), terms
     assert bool(torch.isfinite(loss).all())

@@ -226,22 +226,23 @@ def test_resolve_method__wrong_arguments_are_refused(given: dict[str, Any], mess
 
 
 def test_resolve_method__arguments_are_nested_over_the_members_files() -> None:
-    resolved = resolve("kd-lightnet+cwd", kd_lightnet__gamma=0.0, cwd__tau=2.0)
+    resolved = resolve("kd-lightnet+cwd", kd_lightnet__gamma=2.0, cwd__tau=2.0)
     assert resolved["name"] == "kd-lightnet+cwd"
-    assert resolved["args"]["kd_lightnet"] == {**combined_file("kd-lightnet+cwd").args["kd_lightnet"], "gamma": 0.0}
+    assert resolved["args"]["kd_lightnet"] == {**combined_file("kd-lightnet+cwd").args["kd_lightnet"], "gamma": 2.0}
     assert resolved["args"]["cwd"]["tau"] == 2.0
     built = build_method(resolved["name"], resolved["args"], SHAPE.spec(), SHAPE.spec())  # as a worker rebuilds it
     assert isinstance(built, Combination)
     assert [member.args.model_dump() for member in built.members if isinstance(member, DistillMethod)] == [
-        parse_args("kd-lightnet", {"gamma": 0.0}).model_dump(),
+        parse_args("kd-lightnet", {"gamma": 2.0}).model_dump(),
         parse_args("cwd", {"tau": 2.0}).model_dump(),
     ]
 
 
 def test_resolve_method__schedule_is_that_of_the_first() -> None:
-    assert resolve("kd-lightnet+cwd")["schedule"] == combined_file("kd-lightnet+bckd").schedule
-    assert resolve("cwd+kd-lightnet")["schedule"]["decay"] == "constant"
-    assert resolve("kd-lightnet+cwd")["schedule"]["decay"] == "cosine"
+    own = {name: resolve(name)["schedule"] for name in ("score-l2", "cwd")}
+    assert own["score-l2"] != own["cwd"]
+    assert resolve("score-l2+cwd")["schedule"] == own["score-l2"]
+    assert resolve("cwd+score-l2")["schedule"] == own["cwd"]
 
 
 def test_resolve_method__a_file_of_a_combination(tmp_path: Any) -> None:

@@ -17,7 +17,7 @@ from kd_yolo.errors import ConfigError
 
 SHAPE = Shape()
 ONE_LEVEL = Shape(sizes=((5, 4),), channels=(6,), strides=(8,))
-OFF = {"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "global_weight": 0.0}
+OFF: dict[str, Any] = {"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "global_weight": 0.0}
 TERMS = {"alpha": "kd_fgd_fg", "beta": "kd_fgd_bg", "gamma": "kd_fgd_att", "global_weight": "kd_fgd_global"}
 
 
@@ -44,7 +44,7 @@ def test_focal__literal_sum_with_the_teachers_attention_alone() -> None:
         weight = spatial_attention(attended, 0.5)[:, None] * channel_attention(attended, 0.5)[:, :, None, None]
         return [256 / 6 * (m[:, None] * weight * (mine - theirs) ** 2).sum() / 2 for m in masks]
 
-    args = {**OFF, "alpha": 1.0, "beta": 1.0, "attention": "raw"}
+    args: dict[str, Any] = {**OFF, "alpha": 1.0, "beta": 1.0, "attention": "raw"}
     losses = list(make("fgd", ONE_LEVEL, **args)(student, teacher, batch).values())
     for value, expected, wrong in zip(losses, literal(theirs), literal(mine), strict=True):
         assert_close(value, expected)
@@ -64,7 +64,7 @@ def test_attention_loss__by_hand() -> None:
 def test_attention_loss__moves_the_student_only() -> None:
     student, teacher = (torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     student.requires_grad_()
-    attention_loss(student, teacher, 0.5).backward()
+    torch.autograd.backward(attention_loss(student, teacher, 0.5))
     assert student.grad is not None
     assert float(student.grad.abs().max()) > 0
 
@@ -82,7 +82,7 @@ def test_global_context__starts_as_the_identity_and_then_adds_one_vector_an_imag
 def test_global_context__pools_by_the_mask() -> None:
     """A mask that looks at one cell alone gives that cell's features to the transform."""
     block = context_block(3)
-    block["mask"].weight.data = torch.tensor([100.0, 0.0, 0.0]).reshape(1, 3, 1, 1)  # type: ignore[union-attr]
+    block["mask"].weight.data = torch.tensor([100.0, 0.0, 0.0]).reshape(1, 3, 1, 1)
     feature = torch.zeros(1, 3, 2, 2)
     feature[0, :, 1, 0] = torch.tensor([5.0, -1.0, 2.0])
     seen: list[torch.Tensor] = []

@@ -20,7 +20,7 @@ def matching_matrix(query: Tensor, key: Tensor, heads: int, scale: float = 1.0) 
     """Read M, (B, h, N, N), out of ``attend`` by asking for the mixture of unit vectors."""
     batch, _, positions = query.shape
     unit = torch.eye(positions, dtype=query.dtype).repeat(batch, heads, 1)  # (B, h N, N): one eye a head
-    return attend(query, key, unit, heads, scale).unflatten(1, (heads, positions)).transpose(2, 3)
+    return attend(query, key, unit, heads, scale).reshape(batch, heads, positions, positions).transpose(2, 3)
 
 
 @pytest.mark.parametrize(("channels", "heads"), [(1, 1), (7, 7), (13, 1), (16, 8), (36, 6), (64, 8), (100, 5)])

@@ -20,9 +20,9 @@ MODES = ("fixed", "frozen", "regularised", "uncertainty", "bilevel")
 LEARNED = ("regularised", "uncertainty", "bilevel")
 
 
-def connected_taps(seed: int, shape: Shape = SHAPE) -> Taps:
-    """Return student taps whose class logits come from the neck maps, as a detector's do."""
-    taps = random_taps(shape, seed, grad=True)
+def connected_taps(seed: int, shape: Shape = SHAPE, mean: float = 0.0) -> Taps:
+    """Return student taps whose class logits come from the neck maps, of the given mean, as a detector's do."""
+    taps = map_leaves(random_taps(shape, seed, grad=True), lambda x: x + mean)
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for feature in taps.neck:
@@ -92,7 +92,8 @@ def test_forward__what_trains_the_weights_leaves_value_and_student_gradient_alon
     torch.autograd.backward(torch.stack([factors[name] * fixed[name] for name in fixed]).sum())
     for mine, theirs in zip(student.neck, twin.neck, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-7)
-    assert any(float(p.grad.abs().max()) > 0 for n, p in method.named_parameters() if n in weight_parameters(method))
+    grads = [p.grad for n, p in method.named_parameters() if n in weight_parameters(method)]
+    assert any(float(grad.abs().max()) > 0 for grad in grads if grad is not None)
 
 
 @pytest.mark.parametrize("mode", LEARNED)
@@ -117,12 +118,12 @@ def test_train__frozen_predictor_stays_bit_identical_and_the_projection_learns(m
 def test_predicted_weights__frozen_lets_the_gradient_into_the_student_and_others_do_not() -> None:
     feature = torch.randn(2, 6, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
     predictor = weighting.weight_predictor(6, 3)
-    weighting.predicted_weights(predictor, feature, 0.0, 1.0, frozen=True).sum().backward()
+    torch.autograd.backward(weighting.predicted_weights(predictor, feature, 0.0, 1.0, frozen=True).sum())
     assert feature.grad is not None
     assert float(feature.grad.abs().max()) > 0
     assert all(p.grad is None for p in predictor.parameters())
     feature.grad = None
-    weighting.predicted_weights(predictor, feature, 0.1, 2.0).sum().backward()
+    torch.autograd.backward(weighting.predicted_weights(predictor, feature, 0.1, 2.0).sum())
     assert feature.grad is None
     assert any(float(p.grad.abs().max()) > 0 for p in predictor.parameters() if p.grad is not None)
 
@@ -137,7 +138,7 @@ def test_train__regularised_never_leaves_its_bounds_and_does_not_collapse() -> N
         found.append(weighting.predicted_weights(predictor, feature, 0.1, 2.0).detach())
         assert all(bool(torch.isfinite(x)) for x in losses.values())
     weights = torch.stack(found)
-    assert 0.1 <= float(weights.min())
+    assert float(weights.min()) >= 0.1
     assert float(weights.max()) <= 2.0
 
 
@@ -152,7 +153,7 @@ def test_regularised_objective__settles_where_the_average_says_and_the_naive_sum
             weights = 0.1 + 1.9 * logit.sigmoid()
             own = weights * losses if naive else weighting.regularised_objective(weights, losses, average, 1.0)
             optimizer.zero_grad()
-            own.sum().backward()
+            torch.autograd.backward(own.sum())
             optimizer.step()
         settled.append((0.1 + 1.9 * logit.sigmoid()).detach())
     torch.testing.assert_close(settled[0], torch.tensor([0.5, 1.25]), atol=0.01, rtol=0)
@@ -161,7 +162,9 @@ def test_regularised_objective__settles_where_the_average_says_and_the_naive_sum
 
 def test_regularised_objective__a_term_that_is_0_teaches_nothing() -> None:
     weights = torch.ones(2, requires_grad=True)
-    weighting.regularised_objective(weights, torch.tensor([0.0, 1.0]), torch.tensor([0.0, 2.0]), 0.1).sum().backward()
+    torch.autograd.backward(
+        weighting.regularised_objective(weights, torch.tensor([0.0, 1.0]), torch.tensor([0.0, 2.0]), 0.1).sum()
+    )
     assert weights.grad is not None
     assert float(weights.grad[0]) == 0.0
     assert float(weights.grad[1]) == pytest.approx(0.1 * (1 / 2 - 1))
@@ -194,7 +197,7 @@ def test_train__uncertainty_settles_at_the_log_of_twice_the_loss_within_its_boun
     optimizer = torch.optim.Adam([variance], lr=0.05)
     for _ in range(400):
         optimizer.zero_grad()
-        total(method(student, teacher, batch)).backward()
+        torch.autograd.backward(total(method(student, teacher, batch)))
         optimizer.step()
     plain = make("hflkd", SHAPE, alpha=0.0, mu=1e-4, nu=2.0)(student, teacher, batch)
     wanted = torch.log(2 * torch.stack(list(plain.values()))).clamp_min(-3.0)
@@ -233,13 +236,14 @@ def test_layer_gradients__equal_those_of_an_identity_layer() -> None:
     assert weighting.layer_gradients(layer.sum(), [feature], slice(None)) is None
 
 
-def test_forward__bilevel_raises_the_weight_of_a_term_that_helps() -> None:
-    # The teacher's logits are the labels themselves, so imitation lowers the held-out class loss and nothing else acts.
-    method = make("hflkd", SHAPE, weighting="bilevel", alpha=0.0, mu=0.0)
-    batch = foreground(SHAPE, 3)
-    student = connected_taps(3)
-    teacher = replace(random_taps(SHAPE, 4), scores=8.0 * batch["target_scores"].transpose(1, 2) - 4.0)
-    batch = {**batch, "fg_mask": torch.zeros_like(batch["fg_mask"])}  # every logit is irrelevant: one term
+@pytest.mark.parametrize(("says", "rises"), [(-6.0, True), (6.0, False)], ids=["helps", "hurts"])
+def test_forward__bilevel_raises_the_weight_of_a_term_that_helps_alone(says: float, rises: bool) -> None:
+    # No object anywhere: the held-out class loss wants every logit down. So does a teacher that says -6, and one that
+    # says +6 wants the opposite. Features of mean 0 could not tell: a layer without bias cannot shift all logits then.
+    method = make("hflkd", SHAPE, weighting="bilevel", alpha=0.0, mu=0.0, gamma=0.0)
+    batch = {"target_scores": torch.zeros(4, 13, 3)}
+    student = connected_taps(3, mean=2.0)
+    teacher = replace(random_taps(SHAPE, 4), scores=torch.full((4, 3, 13), says))
     predictor = method.predictor
     assert isinstance(predictor, nn.Sequential)
     optimizer = torch.optim.Adam(predictor.parameters(), lr=1e-3)
@@ -247,9 +251,10 @@ def test_forward__bilevel_raises_the_weight_of_a_term_that_helps() -> None:
     for _ in range(20):
         weights.append(float(weighting.predicted_weights(predictor, student.neck[-1], 0.1, 2.0).detach()))
         optimizer.zero_grad()
-        total(method(student, teacher, batch)).backward(retain_graph=True)
+        torch.autograd.backward(total(method(student, teacher, batch)), retain_graph=True)
         optimizer.step()
-    assert weights[-1] > weights[0] + 0.1
+    assert (weights[-1] > weights[0] + 0.1) is rises
+    assert (weights[-1] < weights[0] - 0.1) is not rises
 
 
 def test_forward__bilevel_without_a_path_to_the_neck_says_so() -> None:

@@ -81,7 +81,7 @@ def test_forward__one2one_adds_the_same_loss_weighted_by_confidence_alone() -> N
     assert student.scores_one2one is not None
     assert teacher.scores_one2one is not None
     confidence = teacher_confidence(teacher.scores_one2one)
-    extra = class_loss(student.scores_one2one, teacher.scores_one2one, confidence, 1.0, 1.0)
+    extra = class_loss(student.scores_one2one, teacher.scores_one2one, confidence, 1.0, 0.0)
     torch.testing.assert_close(both["kd_cls"], plain["kd_cls"] + extra)
     assert torch.equal(both["kd_box"], plain["kd_box"])
     torch.autograd.backward(total(plain))

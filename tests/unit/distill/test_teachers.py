@@ -133,7 +133,7 @@ def test_query_targets__the_surest_of_the_covering_speaks_for_all_its_classes() 
     boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0], [0.5, 0.5, 0.9, 0.9], [0.9, 0.9, 0.01, 0.01]]])
     logits = torch.tensor([[[0.0, 1.0, 9.0], [-3.0, -20.0, 9.0]]])  # the third covers no anchor centre
     scores, sides = query_targets(boxes, logits, anchors, strides, (64, 64))
-    centre = (anchors == 1.5).all(-1).nonzero().item()
+    centre = (anchors == 1.5).all(-1).nonzero().flatten().tolist()[0]
     assert scores[0, :, centre].tolist() == pytest.approx([1.0, BACKGROUND_LOGIT])  # never below the background
     corners = decode_boxes(Taps((), scores, sides, strides, anchors), 1)
     assert corners[0, centre].tolist() == pytest.approx([3.2, 3.2, 60.8, 60.8], abs=1e-4)

@@ -24,7 +24,8 @@ from torch import Tensor
 from torchvision.models.detection import fcos_resnet50_fpn
 
 from kd_yolo.distill.teacher import map_classes
-from kd_yolo.distill.teachers.build import open_teacher
+from kd_yolo.distill.teachers import choice as choice_module
+from kd_yolo.distill.teachers.build import open_teacher, prepare_merge
 from kd_yolo.distill.teachers.choice import choose
 from kd_yolo.distill.teachers.onnx_file import OnnxTeacher, anchor_strides, check_dense
 from kd_yolo.distill.teachers.torchvision_adapter import TorchvisionTeacher
@@ -311,17 +312,25 @@ def test_several__of_different_kinds_teach(folder: Path) -> None:
     check_step(kd)
 
 
-def test_several__per_class_is_measured_once_a_run(folder: Path, tmp_path: Path) -> None:
+def test_several__per_class_is_measured_once_a_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, own = tiny_dataset(tmp_path / "data"), tiny_yaml(None)
     recipe_file, kept = tmp_path / "student.recipe.yaml", tmp_path / "student.recipe.classes.json"
     paths = yolo_file(folder, own), yolo_file(folder, own, ["dent", "hole"], seed=1)
     recipe = recipe_for(*paths, teacher_merge="per_class")
     run = {"data": str(data), "imgsz": 64, "distill_model": str(recipe_file)}
-    check_step(wrapped(recipe, own, **run))
+    monkeypatch.setattr(choice_module, "RANK", 0)
+    with pytest.raises(ConfigError, match="start multi-GPU runs with kd-yolo train"):
+        wrapped(recipe, own, **run)  # a process of several measures nothing ...
+    monkeypatch.undo()
+    prepare_merge(recipe, recipe_file, DATA_NAMES, data, 64)
     found, stamp = load_yaml(kept), kept.stat().st_mtime_ns
     assert found["ap50_95"][1][0] is None  # scratch: the second teacher lacks it
     assert found["choice"] == choose(found["ap50_95"])
-    check_step(wrapped(recipe, own, **run))
+    monkeypatch.setattr(choice_module, "RANK", 0)
+    check_step(wrapped(recipe, own, **run))  # ... and reads what was measured before
+    monkeypatch.undo()
     assert kept.stat().st_mtime_ns == stamp
     check_step(wrapped(recipe, own, **{**run, "imgsz": 96}), imgsz=96)
     assert kept.stat().st_mtime_ns != stamp  # and again where it may differ

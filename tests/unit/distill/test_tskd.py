@@ -22,7 +22,7 @@ from kd_yolo.errors import ConfigError, TeacherError
 SHAPE = Shape()
 CRD, DED = ("kd_crd_cls", "kd_crd_box"), ("kd_fg", "kd_bg")
 DRD, SE = ("kd_px", "kd_ins"), ("kd_se",)
-PLAIN = {"crd": False, "ded": False, "drd": False, "se": False}
+PLAIN: dict[str, Any] = {"crd": False, "ded": False, "drd": False, "se": False}
 RELATIONS = ["random", "frozen", "learned", "drkd"]
 
 # The rows of an honest ablation, from plain training (no term at all, refused below) to the whole method.
@@ -65,8 +65,8 @@ def test_terms__ablation_rows(row: str) -> None:
 
 
 def test_forward__published_is_intended_without_the_three_terms() -> None:
-    shared = {"hold": "pre", "attention": "raw", "alpha_fg": 2e-4, "alpha_bg": 3e-4}
-    without = {"alpha_px": 0.0, "alpha_ins": 0.0, "alpha_se": 0.0}
+    shared: dict[str, Any] = {"hold": "pre", "attention": "raw", "alpha_fg": 2e-4, "alpha_bg": 3e-4}
+    without: dict[str, Any] = {"alpha_px": 0.0, "alpha_ins": 0.0, "alpha_se": 0.0}
     student, teacher, batch = random_taps(SHAPE, 0), random_taps(SHAPE, 1), foreground(SHAPE)
     published = make("tskd", SHAPE, variant="published", **shared)(student, teacher, batch)
     intended = make("tskd", SHAPE, variant="intended", **shared, **without)(student, teacher, batch)
@@ -151,7 +151,7 @@ def test_forward__order_of_the_boxes_does_not_matter() -> None:
     student, teacher = random_taps(SHAPE, 0), random_taps(SHAPE, 1)
     for relation, same in (("frozen", True), ("random", False)):  # random takes the boxes as channels, as released
         values = [make("tskd", SHAPE, relation=relation)(student, teacher, b)["kd_ins"] for b in (batch, turned)]
-        assert torch.allclose(*values, rtol=1e-5) is same
+        assert torch.allclose(values[0], values[1], rtol=1e-5) is same
 
 
 def test_forward__foreground_does_not_depend_on_the_number_of_channels() -> None:
@@ -159,7 +159,7 @@ def test_forward__foreground_does_not_depend_on_the_number_of_channels() -> None
     wide = Shape(channels=(8, 12))
     student, teacher = random_taps(SHAPE, 0), random_taps(SHAPE, 1)
     doubled = [replace(t, neck=tuple(torch.cat([x, x], 1) for x in t.neck)) for t in (student, teacher)]
-    args = {**PLAIN, "ded": True}
+    args: dict[str, Any] = {**PLAIN, "ded": True}
     narrow = make("tskd", SHAPE, **args)(student, teacher, foreground(SHAPE))
     for name, value in make("tskd", wide, **args)(*doubled, foreground(SHAPE)).items():
         assert_close(value, narrow[name])
@@ -286,7 +286,7 @@ def test_intended__a_step_leaves_teacher_and_structure_of_the_student_alone() ->
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     loss, items = model.loss(BATCH)
-    loss.sum().backward()
+    torch.autograd.backward(loss.sum())
     optimizer.step()
     assert all(f"{name}_loss" in items for name in model.projector.terms)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())

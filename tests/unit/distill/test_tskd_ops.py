@@ -216,7 +216,7 @@ def test_match_statistics__constant_channels_and_single_values() -> None:
     assert torch.equal(match_statistics(single, torch.zeros(1, 4, 1, 1)), single)
     flat = torch.ones(2, 4, 3, 3, requires_grad=True)
     matched = match_statistics(flat, torch.randn(2, 4, 3, 3))
-    matched.square().sum().backward()
+    torch.autograd.backward(matched.square().sum())
     assert bool(torch.isfinite(matched).all())
     assert flat.grad is not None
     assert bool(torch.isfinite(flat.grad).all())

@@ -1,4 +1,4 @@
-"""The Ray engine on a worker: the shared folder, and the end of a training whose worker is killed."""
+"""A worker of the Ray engine: the shared folder, and the end of a training whose worker is killed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kd_yolo.compare import ray_engine
+from kd_yolo.compare import ray_worker
 from kd_yolo.compare.job import Job
 
 
 def test_run_on_worker__folder_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_engine, "SEEN_S", 0.0)
+    monkeypatch.setattr(ray_worker, "SEEN_S", 0.0)
     job = Job("run", "0" * 64, tmp_path / "runs" / "run", {})
-    result = ray_engine._run_on_worker(job, tmp_path / "elsewhere" / ".shared")
+    result = ray_worker.run_on_worker(job, tmp_path / "elsewhere" / ".shared")
     assert result.status == "failed"
     assert "does not see" in result.reason
-    assert "all machines of the cluster share" in result.reason
+    assert "all machines share" in result.reason
     assert not job.folder.exists()
 
 
@@ -32,9 +32,9 @@ WORKER = """
 import json, os, subprocess, sys, time
 from pathlib import Path
 from kd_yolo.compare.job import Job
-from kd_yolo.compare.ray_engine import _guarded
+from kd_yolo.compare.ray_worker import guarded
 folder, ending, whose = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-with _guarded(Job("a", "b", folder, {})):
+with guarded(Job("a", "b", folder, {})):
     child = subprocess.Popen(["sleep", "60"], start_new_session=True)
     pid = os.getpid() if whose == "own" else os.getppid()
     (folder / "claim.json").write_text(json.dumps({"pid": pid, "child": {"pid": child.pid}}))
