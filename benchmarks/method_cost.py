@@ -68,7 +68,6 @@ BASE = "stock"  # the row that holds ``none`` too
 WARM_UP = 2
 COLUMNS = ["", "reads", "step ms", "/ none", "/ stock (quartiles)", "CPU time / stock", "bar", "verdict"]
 COLUMNS += ["peak MB", "/ none", "/ stock"]
-Step = Callable[[], None]
 Row = dict[str, Any]
 
 
@@ -100,13 +99,12 @@ def run_all(values: dict[str, Any]) -> int:
                     continue
                 print(f"{key}: {now['pair']} ...", flush=True)
                 rows[key] = {"fingerprint": now, **measured_apart(label, now, rows.get(f"{BASE}@{imgsz}"))}
+                write_json(target, {"rows": rows})
+                write_text(target.with_suffix(".md"), table(rows))
             except (KDYoloError, subprocess.CalledProcessError) as error:
                 reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
                 print(f"{key}: not measured: {reason}", file=sys.stderr)
                 failed += 1
-                continue
-            write_json(target, {"rows": rows})
-            write_text(target.with_suffix(".md"), table(rows))
     print(table(rows))
     return 1 if failed else 0
 
@@ -121,9 +119,7 @@ def refuse(given: Iterable[str], known: list[str], what: str) -> None:
 def labels(values: Mapping[str, Any]) -> list[str]:
     """Return the rows to measure: all, or those of ``methods=``."""
     known = sorted([*(name for name in list_methods() if name not in VARIED), *EXTRA])
-    if "methods" not in values:
-        return known
-    chosen = str(values["methods"]).split(",")
+    chosen = str(values.get("methods", ",".join(known))).split(",")
     refuse(chosen, known, "row")
     return chosen
 
@@ -141,8 +137,7 @@ def pair_of(label: str, values: Mapping[str, Any]) -> str:
 
 def build_for(label: str, student: DetectorSpec, teacher: DetectorSpec) -> DistillMethod:
     """Return a row's method."""
-    name, args = EXTRA.get(label, (label, {}))
-    return build_method(name, args, student, teacher)
+    return build_method(*EXTRA.get(label, (label, {})), student, teacher)
 
 
 def fingerprint(label: str, pair: str, imgsz: int, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,11 +200,10 @@ def peak_memory_mb(label: str, values: Mapping[str, Any]) -> float:
     for _ in range(3):
         step()
     # not getrusage(): its maximum survives exec() and would be the parent's own
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return float(status.split("VmHWM:")[1].split()[0]) / 1024
+    return float(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) / 1024
 
 
-def make_step(label: str, values: Mapping[str, Any]) -> tuple[Step, DistillMethod | None]:
+def make_step(label: str, values: Mapping[str, Any]) -> tuple[Callable[[], None], DistillMethod | None]:
     """Return one training step (forward, loss, backward, optimizer) of a row and its method."""
     torch.manual_seed(0)
     student, teacher = (build(word) for word in str(values["pair"]).split(","))

@@ -69,6 +69,6 @@ def _checked_norm(name: str, loss: Tensor, neck: Sequence[Tensor]) -> float:
         raise DistillationError(f"balance: the gradient of {name} on the neck is not finite ({norm})")
     if norm == 0.0:
         raise DistillationError(
-            f"balance: {name} has no gradient on the neck; leave it out or set balance=null and give weights"
+            f"balance: {name} has no gradient on the neck; leave it out, or give kd.weight=1 to not balance"
         )
     return norm

@@ -37,6 +37,9 @@ from kd_yolo.distill.taps import (
 from kd_yolo.distill.teachers.base import Teacher
 from kd_yolo.errors import DistillationError
 
+BALANCE_TRIES = 20  # batches that may pass before a term without gradient ends the run
+BALANCE_LARGE = 1000
+
 
 class KDModel(DistillationModel):
     """Teacher, student and method as one trainable module.
@@ -83,6 +86,7 @@ class KDModel(DistillationModel):
         self.balance = balance
         self.balance_factors: dict[str, float] = {}
         self.balance_due = False
+        self._balance_tries = 0
         self._checked = False
         self._assigned = AssignedTargets()
         self._held: dict[nn.Module, Tensor] = {}
@@ -244,17 +248,32 @@ class KDModel(DistillationModel):
         return None if self.teacher_model is None else self.teacher_model.class_known
 
     def _balance(self, terms: Mapping[str, Tensor], task_loss: Tensor, preds: Mapping[str, Any]) -> None:
+        """Measure the factors, or leave it to the next batch: one without objects may leave a term without gradient."""
         assert self.balance is not None
         neck = student_taps(preds, detect_head(self.student_model), self.strides).neck
-        factors = torch.tensor(list(balance_factors(terms, task_loss, neck, self.balance).values()))
+        problem: DistillationError | None = None
+        try:
+            measured = [*balance_factors(terms, task_loss, neck, self.balance).values(), 1.0]
+        except DistillationError as error:
+            problem, measured = error, [0.0] * (len(terms) + 1)
+        found = torch.tensor(measured)
         if dist.is_available() and dist.is_initialized():  # every rank measured its own batch
-            factors = factors.to(task_loss.device)
-            dist.all_reduce(factors)
-            factors /= dist.get_world_size()
-        self.balance_factors = dict(zip(terms, factors.tolist(), strict=True))
+            found = found.to(task_loss.device)
+            dist.all_reduce(found)
+        if found[-1] == 0:
+            self._balance_tries += 1
+            if self._balance_tries >= BALANCE_TRIES:
+                raise problem or DistillationError("balance: no rank could measure the gradients")
+            return
+        self.balance_factors = dict(zip(terms, (found[:-1] / found[-1]).tolist(), strict=True))
         self.balance_due = False
         listed = ", ".join(f"{name} x {value:.4g}" for name, value in self.balance_factors.items())
         LOGGER.info(f"KD: balanced to {self.balance:g} of the task loss's gradient on the neck: {listed}")
+        if max(self.balance_factors.values()) > BALANCE_LARGE:
+            LOGGER.warning(
+                f"KD: a factor above {BALANCE_LARGE} means that teacher and student hardly differ there, or that the "
+                "teacher is sure of nothing; what is amplified may be noise. kd.weight=1 leaves balancing out"
+            )
 
     def _check_first_step(self, terms: Mapping[str, Tensor], preds: Mapping[str, Any]) -> None:
         self._checked = True

@@ -179,11 +179,12 @@ def test_refused__onnx_file_of_another_canvas(
 
 
 def test_refused__teacher_that_does_not_give_what_is_read(
-    kinds: Callable[[str], Path], train_keys: Callable[..., dict[str, Any]], refused: Callable[..., str]
+    kinds: Callable[[str], Path], train_keys: Callable[..., dict[str, Any]], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     line = refused(train_keys(teacher=kinds("onnx"), method="score-l2", allow_weak_teacher=True))
     assert "method 'score-l2' reads the teacher's neck" in line
     assert "an ONNX file does not give" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_refused__no_common_level_with_one_of_several(

@@ -15,7 +15,7 @@ import yaml
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 
 from kd_yolo.config import Recipe, read_recipe, split_train_keys
-from kd_yolo.distill.model import KDModel
+from kd_yolo.distill.model import BALANCE_TRIES, KDModel
 from kd_yolo.distill.probe import BatchProbe
 from kd_yolo.distill.teacher import load_teacher
 from kd_yolo.distill.wrap import wrap_student
@@ -255,6 +255,30 @@ def test_loss__foreground_of_the_assigner_reaches_the_method(wrapped: KDModel, m
     wrapped.loss(batch_of())
     assert seen["fg"].shape == (2, seen["scores"].shape[-1])
     assert 0 < int(seen["fg"].sum()) <= 20  # ten anchors a box at most
+
+
+def test_balance__waits_for_a_batch_it_can_measure(wrapped: KDModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = KDModel.distill_terms
+
+    def silent(self: KDModel, preds: Any, batch: Any, teacher: Any) -> dict[str, torch.Tensor]:
+        terms = original(self, preds, batch, teacher)
+        return {**terms, "kd_box": terms["kd_box"] * 0} if silenced else terms
+
+    silenced = True
+    monkeypatch.setattr(KDModel, "distill_terms", silent)
+    wrapped.balance, wrapped.balance_due = 0.3, True
+    wrapped.loss(batch_of())
+    assert wrapped.balance_due
+    assert not wrapped.balance_factors
+    silenced = False
+    wrapped.loss(batch_of())
+    assert not wrapped.balance_due
+    assert set(wrapped.balance_factors) == {"kd_cls", "kd_box"}
+    silenced, wrapped.balance_due, wrapped.balance_factors = True, True, {}
+    for _ in range(BALANCE_TRIES - 2):  # one was used up above
+        wrapped.loss(batch_of())
+    with pytest.raises(DistillationError, match=r"'kd_box' has no gradient.*kd.weight"):
+        wrapped.loss(batch_of())
 
 
 def test_copies__leave_the_teacher_out(wrapped: KDModel) -> None:
