@@ -15,7 +15,6 @@ changed is measured.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib
 import json
@@ -39,7 +38,7 @@ from ultralytics.nn.tasks import DetectionModel
 from kd_yolo.config import parse_pairs
 from kd_yolo.distill.base import DetectorSpec, DistillMethod, build_method, list_methods, load_method
 from kd_yolo.distill.model import KDModel
-from kd_yolo.distill.taps import common_strides, describe, head_strides
+from kd_yolo.distill.taps import common_strides, describe, detect_head, head_strides
 from kd_yolo.distill.teacher import map_classes, prepare_teacher
 from kd_yolo.distill.teachers.detect import DetectTeacher
 from kd_yolo.errors import ConfigError, KDYoloError, TeacherError, nearest
@@ -170,8 +169,7 @@ def measured_apart(label: str, now: Mapping[str, Any], base: Row | None) -> Row:
     row: Row = child(f"measure={label}")
     usable = label != BASE and base is not None and all(base["fingerprint"][k] == now[k] for k in [*keys, "versions"])
     known: dict[str, float] = base["peak_memory_mb"] if usable and base else {}
-    names = dict.fromkeys(["none", "stock", label])
-    row["peak_memory_mb"] = {name: known.get(name) or child(f"memory={name}") for name in names}
+    row["peak_memory_mb"] = {name: known.get(name) or child(f"memory={name}") for name in {"none", "stock", label}}
     return row
 
 
@@ -210,11 +208,13 @@ def make_step(label: str, values: Mapping[str, Any]) -> tuple[Callable[[], None]
     for module in teacher.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+    for branch in detect_head(teacher).cv3:
+        torch.nn.init.uniform_(branch[-1].bias, -6.0, 0.0)  # confident here and there, as a trained one is
     student.args = get_cfg(overrides={"imgsz": int(values["imgsz"])})
     method: DistillMethod | None = None
     model: Any = student
     if label == "stock":
-        model = DistillationModel(teacher_model=copy.deepcopy(teacher), student_model=student)
+        model = DistillationModel(teacher_model=teacher, student_model=student)
     elif label != "none":
         ready = DetectTeacher(prepare_teacher(teacher, map_classes(teacher.names, teacher.names)))
         strides = common_strides(head_strides(student), ready.strides)

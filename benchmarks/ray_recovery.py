@@ -50,7 +50,8 @@ def main() -> None:
     data = out / "data" / "data.yaml"
     if not data.is_file():
         make_steel_synth(out / "data", train=int(values["train"]), val=16, test=8, seed=0)
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "false"}
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    os.environ |= {"YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "false"}
     if not (out / "killed.json").is_file():
         compare(values, data, out, "disturbed", kill=True)
     if not (out / "undisturbed" / "compare.json").is_file():

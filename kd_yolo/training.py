@@ -170,7 +170,13 @@ def _new_run_dir(stock: Mapping[str, Any]) -> Path:
     run_dir = project / name
     if stock.get("exist_ok"):
         if (run_dir / RUN_FILE).is_file():  # overwrite this run: nothing of it may be taken for the new one's progress
-            for phase in (run_dir / "teacher", run_dir / DIRECT, *run_dir.glob("student*"), *run_dir.glob("stage*-*")):
+            for phase in (
+                run_dir / "teacher",
+                run_dir / DIRECT,
+                *run_dir.glob("student*"),
+                *run_dir.glob("stage*-*"),
+                *run_dir.glob("*.teacher-cache"),
+            ):
                 if phase.is_dir():
                     shutil.rmtree(phase)
             (run_dir / "report.json").unlink(missing_ok=True)

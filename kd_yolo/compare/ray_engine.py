@@ -97,6 +97,7 @@ def connected(address: str) -> Iterator[Any]:
     _check_reachable(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: last of all on a machine that does more
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
         ray.init(address=address, **options)

@@ -16,8 +16,10 @@ from ultralytics.utils.plotting import plot_results
 
 from kd_yolo.checkpoints import load_model
 from kd_yolo.config import Recipe, TrainConfig
+from kd_yolo.distill.teachers.build import prepare_merge
 from kd_yolo.errors import CheckpointError, ConfigError
 from kd_yolo.files import sha256, write_json, write_text
+from kd_yolo.images import dataset_names
 from kd_yolo.nn.student import StudentSpec
 from kd_yolo.resources import load_yaml
 from kd_yolo.tasks.detect import KDTrainer, strip_checkpoints
@@ -117,6 +119,8 @@ def _trainer_arguments(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) 
         recipe_file = run_dir / f"{spec.name}.recipe.yaml"
         recipe = _recipe(run_dir, spec, plan)
         write_text(recipe_file, yaml.safe_dump(recipe.model_dump(), sort_keys=False))
+        data = Path(plan["config"]["data"])
+        prepare_merge(recipe, recipe_file, dict(enumerate(dataset_names(data))), data, int(plan["stock"]["imgsz"]))
         arguments["distill_model"] = str(recipe_file)
     return arguments
 

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'kd-yolo[ray]')")
 
 from kd_yolo.compare.claims import CLAIM_FILE  # noqa: E402

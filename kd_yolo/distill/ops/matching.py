@@ -58,7 +58,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, scale: Tensor 
     """
 
     def split(values: Tensor) -> Tensor:
-        return values.unflatten(1, (heads, values.shape[1] // heads)).transpose(2, 3)  # (B, h, N, d)
+        # (B, h, N, d); the fused kernel wants it contiguous, and without it M would be built after all
+        return values.unflatten(1, (heads, values.shape[1] // heads)).transpose(2, 3).contiguous()
 
     mixed = F.scaled_dot_product_attention(split(query * scale), split(key), split(value))
     return mixed.transpose(2, 3).flatten(1, 2)

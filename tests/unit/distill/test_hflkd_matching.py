@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kd_yolo.distill.methods.hflkd import Side, one_to_all_loss
 from kd_yolo.distill.ops.features import standardise
@@ -58,6 +59,14 @@ def test_attend__rows_of_the_matching_matrix_sum_to_1_and_follow_the_definition(
     value = draw(2, 8, 6, seed=2)
     mixed = torch.einsum("bhij,bhdj->bhdi", logits.softmax(-1), value.reshape(2, heads, d, 6)).reshape(2, 8, 6)
     torch.testing.assert_close(attend(query, key, value, heads, 1.7), mixed)
+
+
+def test_attend__uses_the_fused_kernel_which_never_holds_the_matching_matrix() -> None:
+    query, key = draw(2, 16, 50).float().requires_grad_(), draw(2, 16, 50, seed=1).float().requires_grad_()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        torch.autograd.backward(attend(query, key, key, 8).sum())
+        with pytest.raises(RuntimeError, match="No available kernel"):  # what a transposed view would get
+            F.scaled_dot_product_attention(*[x.unflatten(1, (8, 2)).transpose(2, 3) for x in (query, key, key)])
 
 
 def test_attend__of_one_position_is_the_value() -> None:
