@@ -34,6 +34,7 @@ PARTS: dict[str, dict[str, Any]] = {
         "methods": ["none", "score-l2", str(OWN / "kd-lightnet-mild.yaml"), "kd-lightnet"],
         "seeds": "0,1,2,3,4",
         "test": True,
+        "test_methods": ["winner", "none"],
     },
     "methods": {
         "methods": ["none", "score-l2", "kd-lightnet", "cwd+bckd", str(OWN / "tskd-published.yaml"), "tskd", "hflkd"],

@@ -1,10 +1,11 @@
 """A real comparison on a two-node Ray cluster, with a worker killed in the middle, beside an undisturbed one.
 
-Both are ``kd-yolo compare engine=ray``: LightNet-n, plain and distilled from itself, two seeds, on synthetic images. In
+Both are ``kd-yolo compare engine=ray``: a student, plain and distilled from itself, two seeds, on synthetic images. In
 the first one the worker of a distilled run gets SIGKILL once that run has finished an epoch. Every run must be there at
 the end, the killed one taken up where its last checkpoint was, and every number must be that of the undisturbed twin.
 
-    python benchmarks/ray_recovery.py out=/tmp/ray-recovery epochs=3 imgsz=64
+    python benchmarks/ray_recovery.py out=runs/ray-recovery epochs=3 imgsz=64
+    python benchmarks/ray_recovery.py student=yolo26n.yaml weights=yolo26n.pt epochs=4 imgsz=128 train=96
 
 Both nodes of the cluster are processes of this machine, with one processor each. A comparison that is done is not
 repeated when the script is called again.
@@ -24,6 +25,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from kd_yolo.checkpoints import load_model
 from kd_yolo.compare.outcome import read_json
 from kd_yolo.config import parse_pairs
 from kd_yolo.data.synthetic import make_steel_synth
@@ -31,7 +35,8 @@ from kd_yolo.errors import ConfigError, nearest
 from kd_yolo.files import write_json, write_text
 from kd_yolo.tables import markdown_table
 
-DEFAULTS: dict[str, Any] = {"out": "runs/ray-recovery", "epochs": 3, "imgsz": 64, "batch": 8, "train": 48}
+DEFAULTS: dict[str, Any] = {"out": "runs/ray-recovery", "student": "lightnet-n", "weights": None}
+DEFAULTS |= {"epochs": 3, "imgsz": 64, "batch": 8, "train": 48}
 METHOD = "kd-lightnet"
 SEEDS = "0,1"
 CLOCK = "time"  # the one column of results.csv that a repetition may change
@@ -68,9 +73,16 @@ def compare(values: dict[str, Any], data: Path, out: Path, name: str, kill: bool
     try:
         cluster.add_node(**node)
         keys = {key: values[key] for key in ("epochs", "imgsz", "batch")}
-        keys |= {"data": data, "students": "lightnet-n", "methods": f"none,{METHOD}", "teacher": "self", "seeds": SEEDS}
+        keys |= {
+            "data": data,
+            "students": values["student"],
+            "methods": f"none,{METHOD}",
+            "teacher": "self",
+            "seeds": SEEDS,
+        }
         keys |= {"engine": "ray", "address": cluster.address, "threads": 1, "device": "cpu", "workers": 0}
         keys |= {"project": out, "name": name, "allow_weak_teacher": True, "close_mosaic": 0, "verbose": False}
+        keys |= {"pretrained": Path(str(values["weights"])).absolute()} if values["weights"] else {}
         command = [sys.executable, "-m", "kd_yolo", "compare", *(f"{key}={value}" for key, value in keys.items())]
         began = time.monotonic()
         with (out / f"{name}.log").open("w", encoding="utf-8") as log:
@@ -123,6 +135,14 @@ def said(log: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if "taken up again" in line]
 
 
+def same_weights(*folders: Path) -> bool:
+    """Return whether the best checkpoints of two runs hold the same tensors, bit for bit."""
+    if not all((folder / "weights" / "best.pt").is_file() for folder in folders):
+        return False
+    one, other = (load_model(folder / "weights" / "best.pt")[0].state_dict() for folder in folders)
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def write_report(values: dict[str, Any], out: Path) -> None:
     """Compare both comparisons run by run; write the table."""
     killed = read_json(out / "killed.json")
@@ -137,10 +157,12 @@ def write_report(values: dict[str, Any], out: Path) -> None:
                 "metrics": record.get("metrics", {}),
                 "metrics_undisturbed": twin["metrics"],
                 "same_metrics": record.get("metrics") == twin["metrics"],
+                "same_weights": same_weights(result.parent, out / "disturbed" / "runs" / result.parent.name),
                 "same_epochs": mine == other and len(mine) == int(values["epochs"]),
             }
         )
     setting = {key: values[key] for key in DEFAULTS if key != "out"} | {"method": METHOD, "seeds": SEEDS}
+    setting["weights"] = Path(str(values["weights"])).name if values["weights"] else "none"
     packages = ", ".join(f"{name} {version(name)}" for name in ("ray", "torch", "ultralytics"))
     setting["machine"] = f"{platform.machine()}, {os.cpu_count()} cores; {packages}"
     target = Path(__file__).with_suffix(".json")
@@ -151,13 +173,13 @@ def write_report(values: dict[str, Any], out: Path) -> None:
 
 def text(setting: dict[str, Any], killed: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Return the report as Markdown."""
-    head = ["run", "attempts", "mAP50-95", "undisturbed", "metrics equal", "every epoch's losses equal"]
+    head = ["run", "attempts", "mAP50-95", "undisturbed", "all metrics", "weights", "every epoch's losses"]
     cells = [
         [
             row["run"],
             str(row["attempts"]),
-            *(f"{row[key].get('mAP50-95', float('nan')):.6f}" for key in ("metrics", "metrics_undisturbed")),
-            *("yes" if row[key] else "NO" for key in ("same_metrics", "same_epochs")),
+            *(f"{100 * row[key].get('mAP50-95', float('nan')):.4f}" for key in ("metrics", "metrics_undisturbed")),
+            *("equal" if row[key] else "DIFFER" for key in ("same_metrics", "same_weights", "same_epochs")),
         ]
         for row in rows
     ]
@@ -168,7 +190,12 @@ def text(setting: dict[str, Any], killed: dict[str, Any], rows: list[dict[str, A
         f"The command said: {' '.join(f'`{line}`' for line in killed['said'])}",
         f"It ended {killed['whole_s']:.0f} s after its start with status 0 and all {len(rows)} runs:",
     ]
-    return "\n\n".join([*lines, markdown_table(head, cells), f"- {setting}"]) + "\n"
+    return (
+        "\n\n".join(
+            [*lines, markdown_table(head, cells), "- " + ", ".join(f"{key} {value}" for key, value in setting.items())]
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

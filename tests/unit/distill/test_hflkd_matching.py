@@ -61,6 +61,7 @@ def test_attend__rows_of_the_matching_matrix_sum_to_1_and_follow_the_definition(
     torch.testing.assert_close(attend(query, key, value, heads, 1.7), mixed)
 
 
+@pytest.mark.filterwarnings("ignore:Flash attention kernel not used", "ignore:All fused kernels require")
 def test_attend__uses_the_fused_kernel_which_never_holds_the_matching_matrix() -> None:
     query, key = draw(2, 16, 50).float().requires_grad_(), draw(2, 16, 50, seed=1).float().requires_grad_()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
