@@ -190,12 +190,8 @@ def text(setting: dict[str, Any], killed: dict[str, Any], rows: list[dict[str, A
         f"The command said: {' '.join(f'`{line}`' for line in killed['said'])}",
         f"It ended {killed['whole_s']:.0f} s after its start with status 0 and all {len(rows)} runs:",
     ]
-    return (
-        "\n\n".join(
-            [*lines, markdown_table(head, cells), "- " + ", ".join(f"{key} {value}" for key, value in setting.items())]
-        )
-        + "\n"
-    )
+    shown = ", ".join(f"{key} {value}" for key, value in setting.items())
+    return "\n\n".join([*lines, markdown_table(head, cells), f"- {shown}"]) + "\n"
 
 
 if __name__ == "__main__":
