@@ -64,10 +64,11 @@ def test_attend__rows_of_the_matching_matrix_sum_to_1_and_follow_the_definition(
 @pytest.mark.filterwarnings("ignore:Flash attention kernel not used", "ignore:All fused kernels require")
 def test_attend__uses_the_fused_kernel_which_never_holds_the_matching_matrix() -> None:
     query, key = draw(2, 16, 50).float().requires_grad_(), draw(2, 16, 50, seed=1).float().requires_grad_()
+    a, b = (x.reshape(2, 8, 2, 50).transpose(2, 3) for x in (query, key))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         torch.autograd.backward(attend(query, key, key, 8).sum())
         with pytest.raises(RuntimeError, match="No available kernel"):  # what a transposed view would get
-            F.scaled_dot_product_attention(*[x.unflatten(1, (8, 2)).transpose(2, 3) for x in (query, key, key)])
+            F.scaled_dot_product_attention(a, b, b)
 
 
 def test_attend__of_one_position_is_the_value() -> None:

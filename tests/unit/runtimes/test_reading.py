@@ -82,7 +82,7 @@ def test_onnx_metadata__text_file(tmp_path: Path) -> None:
         onnx_metadata(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 100, os.urandom(100), b"PK\x03\x04 half an archive"])
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, bytes(range(156, 256)), b"PK\x03\x04 half an archive"])
 def test_torchscript_metadata__damage(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.torchscript"
     path.write_bytes(content)
