@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+JOBS ?= 2
 export YOLO_OFFLINE ?= true
 export YOLO_AUTOINSTALL ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -12,7 +13,7 @@ demo: $(VENV)/.ready
 	$(BIN)/kd-yolo demo
 
 test: $(VENV)/.ready lint
-	$(BIN)/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 --numprocesses=$(JOBS) --dist=loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
