@@ -177,6 +177,17 @@ def test_teacher__weak(refused: Callable[..., str], tiny_data: Path, tiny_teache
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("given", [{"teacher": "self"}, {"chain": "lightnet-n,lightnet-n,lightnet-n"}])
+def test_method__box_bins_that_the_student_lacks(
+    given: dict[str, str], refused: Callable[..., str], tiny_data: Path, tmp_path: Path
+) -> None:
+    """Before the teacher is trained, not after."""
+    command = words(tiny_data, tmp_path / "runs", method="ld", **given)
+    line = refused(*(word for word in command if "chain" not in given or not word.startswith("model=")))
+    assert "reg_max" in line
+    assert not (tmp_path / "runs").exists()
+
+
 class Foreign(torch.nn.Conv2d):
     """A layer of somebody else's package."""
 
