@@ -102,7 +102,8 @@ def connected(address: str) -> Iterator[Any]:
     try:
         ray.init(address=address, **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ConfigError(f"address={address}: no Ray cluster there ({_first_line(error)}); {HOW}") from error
+        reason = _first_line(error).split(". ")[0]  # what follows is advice for Ray's own commands
+        raise ConfigError(f"address={address}: no Ray cluster there ({reason}); {HOW}") from error
     try:
         yield ray
     finally:

@@ -116,7 +116,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Forget every cluster of this machine; return the folder in which Ray would note the latest."""
 
     def init(**options: Any) -> None:
-        raise ConnectionError("Could not find any running Ray instance.\nPlease specify")
+        raise ConnectionError("Could not find any running Ray instance. Please specify --address")
 
     fake = SimpleNamespace(is_initialized=lambda: False, init=init, exceptions=EXCEPTIONS)
     monkeypatch.setitem(sys.modules, "ray", fake)
@@ -149,7 +149,8 @@ def test_execute__ray_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_connected__no_cluster_here(no_cluster: Path) -> None:
     with (
         pytest.raises(
-            ConfigError, match=r"address=auto: no Ray cluster there \(Could not find .*`ray start --head`"
+            ConfigError,
+            match=r"address=auto: no Ray cluster there \(Could not find any running Ray instance\); start one with `ray start --head`",
         ) as caught,
         ray_engine.connected("auto"),
     ):
