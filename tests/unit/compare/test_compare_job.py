@@ -34,7 +34,7 @@ def test_run_job__trains_once_and_records_its_cost(tmp_path: Path, monkeypatch: 
     assert first.record["metrics"] == {"mAP50-95": 0.25, "mAP50": 0.5}
     cost = first.record["cost"]
     assert 0.05 < cost["cpu_s"] <= cost["wall_s"] + 0.2
-    assert 60 < cost["peak_rss_mb"] < 1000
+    assert cost["peak_rss_mb"] > 60  # the kernel counts the moment before exec too, so a large parent shows
     assert cost["gpu_s"] == 0
     assert cost["step_ms"] == 1000.0  # 4 s an epoch after the first, 32 images in batches of 8
     assert (cost["attempts"], cost["complete"]) == (1, True)
