@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-JOBS ?= 2
 export YOLO_OFFLINE ?= true
 export YOLO_AUTOINSTALL ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -13,7 +12,7 @@ demo: $(VENV)/.ready
 	$(BIN)/kd-yolo demo
 
 test: $(VENV)/.ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 --numprocesses=$(JOBS) --dist=loadfile
+	$(BIN)/python -m pytest -q --durations=10
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
