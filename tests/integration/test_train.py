@@ -272,7 +272,6 @@ def test_balance__waits_for_a_batch_it_can_measure(wrapped: KDModel, monkeypatch
     assert not wrapped.balance_factors
     silenced = False
     wrapped.loss(batch_of())
-    assert not wrapped.balance_due
     assert set(wrapped.balance_factors) == {"kd_cls", "kd_box"}
     silenced, wrapped.balance_due, wrapped.balance_factors = True, True, {}
     for _ in range(BALANCE_TRIES - 2):  # one was used up above
@@ -292,7 +291,7 @@ def test_batch_probe__runs_the_teacher(wrapped: KDModel, monkeypatch: pytest.Mon
     """AutoBatch measures the probe; a probe without the teacher would overfill the memory."""
     ran: list[int] = []
     assert wrapped.teacher_model is not None
-    wrapped.teacher_model.model.model[0].register_forward_hook(lambda *_: ran.append(1))
+    wrapped.teacher_model.get_submodule("model.model.0").register_forward_hook(lambda *_: ran.append(1))
     probe = copy.deepcopy(BatchProbe(wrapped, boxes_per_image=4))
     assert probe.names == wrapped.names
     probe(torch.rand(2, 3, 64, 64)).sum().backward()
