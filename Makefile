@@ -12,7 +12,7 @@ demo: $(VENV)/.ready
 	$(BIN)/kd-yolo demo
 
 test: $(VENV)/.ready lint
-	$(BIN)/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ from kd_yolo.export.tensorrt_precision import graph_precision, prepare_qdq
 
 from kd_yolo.errors import ConfigError, ExportError
 from kd_yolo.runtimes.base import METADATA_KEY
-from kd_yolo.runtimes.tensorrt_package import dtype_name, load_package, make_logger
+from kd_yolo.runtimes.tensorrt_package import dtype_name, load_package, shared_logger
 
 if TYPE_CHECKING:
     from kd_yolo.targets import Target
@@ -88,7 +88,7 @@ def build_engine(
     trt = load_package(runtime, "format=engine")
     model, precision = _load(onnx_path, metadata, nms=target is None)
     started = time.perf_counter()
-    log = make_logger(trt)
+    log = shared_logger(trt)
     builder = trt.Builder(log)
     network = _parse(trt, builder, log, model, onnx_path.name)
     config = _config(trt, builder, None if target is None else capability, precision)

@@ -12,6 +12,8 @@ PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Import name of each runtime that the metadata of an engine names."""
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 OLDEST = 10
+_LOGGERS: dict[Any, Any] = {}
+"""By the base class of a package's loggers; never emptied."""
 
 
 def load_package(runtime: str, name: str) -> Any:
@@ -34,12 +36,51 @@ def load_package(runtime: str, name: str) -> Any:
     return module
 
 
-def make_logger(trt: Any) -> Any:
-    """Return a logger that keeps errors for our own message instead of printing them.
+def shared_logger(trt: Any) -> Any:
+    """Return the logger of a package, which keeps errors for our own message instead of printing them.
+
+    There is one for the life of the process: TensorRT writes to the first logger that it was ever given, whatever it is
+    given later, and calls it from destructors too. A logger that Python has freed by then is a crash.
 
     Args:
         trt: The module ``tensorrt`` or ``tensorrt_rtx``; the logger's base class is known only once it is imported.
     """
+    if trt.ILogger not in _LOGGERS:
+        _LOGGERS[trt.ILogger] = _make_logger(trt)
+    log = _LOGGERS[trt.ILogger]
+    log.errors.clear()
+    return log
+
+
+def deserialize(trt: Any, plan: bytes, path: Path) -> tuple[Any, tuple[Any, Any]]:
+    """Load an engine on the current CUDA device.
+
+    Args:
+        trt: The module ``tensorrt`` or ``tensorrt_rtx``.
+        plan: The engine without the metadata before it.
+        path: What messages call it.
+
+    Returns:
+        The engine, and its runtime and logger, which must live as long: they do not hold on to each other.
+
+    Raises:
+        ModelError: The runtime does not take it.
+    """
+    log = shared_logger(trt)
+    runtime = trt.Runtime(log)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise ModelError(f"{path}: {trt.__name__} {trt.__version__} cannot load this engine ({log.first_error()})")
+    return engine, (runtime, log)
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return the usual name of a ``DataType``: FLOAT is float32, HALF is float16."""
+    name = str(dtype.name)
+    return {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}.get(name, name.lower())
+
+
+def _make_logger(trt: Any) -> Any:
     serious = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
 
     class Kept(trt.ILogger):
@@ -57,31 +98,3 @@ def make_logger(trt: Any) -> Any:
             return self.errors[0][:300] if self.errors else "it gave no reason"
 
     return Kept()
-
-
-def deserialize(trt: Any, plan: bytes, path: Path) -> tuple[Any, tuple[Any, Any]]:
-    """Load an engine on the current CUDA device.
-
-    Args:
-        trt: The module ``tensorrt`` or ``tensorrt_rtx``.
-        plan: The engine without the metadata before it.
-        path: What messages call it.
-
-    Returns:
-        The engine, and its runtime and logger, which must live as long: they do not hold on to each other.
-
-    Raises:
-        ModelError: The runtime does not take it.
-    """
-    log = make_logger(trt)
-    runtime = trt.Runtime(log)
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        raise ModelError(f"{path}: {trt.__name__} {trt.__version__} cannot load this engine ({log.first_error()})")
-    return engine, (runtime, log)
-
-
-def dtype_name(dtype: Any) -> str:
-    """Return the usual name of a ``DataType``: FLOAT is float32, HALF is float16."""
-    name = str(dtype.name)
-    return {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}.get(name, name.lower())

@@ -121,10 +121,10 @@ def test_prepare_qdq__constants_that_are_no_weights_become_float(axis: int | Non
 
 def test_prepare_qdq__what_it_makes_is_what_tensorrt_takes(graph: Path, tmp_path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install 'kd-yolo[rtx]'")
-    from kd_yolo.runtimes.tensorrt_package import make_logger
+    from kd_yolo.runtimes.tensorrt_package import shared_logger
 
     def taken(model: onnx.ModelProto) -> bool:
-        log = make_logger(trt)
+        log = shared_logger(trt)
         builder = trt.Builder(log)
         network = builder.create_network(0)
         if not trt.OnnxParser(network, log).parse(model.SerializeToString()):
