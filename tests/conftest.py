@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,25 @@ os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="kd-yolo-tests-
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["KD_YOLO_DATA"] = tempfile.mkdtemp(prefix="kd-yolo-data-")
 
+SS_DISABLE = 2  # of sigaltstack(2)
+
 TINY = {"imgsz": 64, "batch": 8, "plots": False, "device": "cpu", "workers": 0, "verbose": False}
+
+
+class SignalStack(ctypes.Structure):
+    """``stack_t`` of sigaltstack(2)."""
+
+    _fields_ = (("ss_sp", ctypes.c_void_p), ("ss_flags", ctypes.c_int), ("ss_size", ctypes.c_size_t))
+
+
+def pytest_runtest_setup() -> None:
+    """Handle signals on the thread's own stack.
+
+    pytest's faulthandler and Ray's core give signals a small stack of their own. When OpenVINO has switched on AMX,
+    whose registers take 8 KB more to save, that stack overflows when a data loader's worker ends (SIGCHLD): a crash.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(SignalStack(None, SS_DISABLE, 0)), None)
 
 
 @pytest.fixture(scope="session")
