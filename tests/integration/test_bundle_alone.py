@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -265,7 +266,11 @@ def test_detect__ctrl_c_ends_cleanly(folder: Path, bundle: Path, bare: dict[str,
     for index in range(3000):
         (tmp_path / f"{index}.png").hardlink_to(photos(folder)[-1])
     command = [sys.executable, str(bundle / "detect.py"), "--source", str(tmp_path), "--json"]
-    process = subprocess.Popen(command, env=bare, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell without job control starts what runs in its background deaf to Ctrl-C, and so would the child be.
+    hearing = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, env=bare, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hearing
+    )
     assert process.stdout is not None
     assert json.loads(process.stdout.readline())["detections"]
     process.send_signal(signal.SIGINT)

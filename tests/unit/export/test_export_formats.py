@@ -15,6 +15,7 @@ from kd_yolo.export import FORMATS, export, pipeline
 from kd_yolo.export.report import ExportReport
 from kd_yolo.export.stock import Made, Work
 from ultralytics import YOLO
+from ultralytics.utils import LOGGER
 
 from kd_yolo.checkpoints import load_model
 from kd_yolo.errors import ExportError
@@ -108,6 +109,7 @@ def test_export__passed_through_and_not_proven(
         return str(made)
 
     monkeypatch.setattr(YOLO, "export", stock)
+    monkeypatch.setattr(LOGGER, "propagate", True)
     report = export(source(), "mnn", out=tmp_path / "line.mnn", quantize=16, imgsz=[64, 96])
     assert (asked["format"], asked["quantize"], asked["imgsz"], asked["simplify"]) == ("mnn", 16, [64, 96], True)
     assert report.path.read_bytes() == b"made"
