@@ -19,9 +19,9 @@ from ultralytics.utils import LOGGER
 from kd_yolo.config import TrainConfig, read_recipe, validate
 from kd_yolo.data.datasets import resolve_dataset
 from kd_yolo.errors import ConfigError, KDYoloError
-from kd_yolo.files import check_writable, write_json, write_text, written_aside
+from kd_yolo.files import write_json, write_text, written_aside
 from kd_yolo.resources import load_yaml
-from kd_yolo.tasks.chain import DIRECT, chain_of, check_chain, resolve_stage, run_chain
+from kd_yolo.tasks.chain import chain_of, check_chain, resolve_stage, run_chain
 from kd_yolo.tasks.phases import PhaseResult, PhaseSpec, run_phase
 from kd_yolo.tasks.preflight import (
     check_own_teacher,
@@ -31,9 +31,8 @@ from kd_yolo.tasks.preflight import (
     resolve_student,
     teacher_files,
 )
+from kd_yolo.tasks.run_folder import RUN_FILE, find_run, new_run_dir
 from kd_yolo.tasks.unlabeled import check_unlabeled
-
-RUN_FILE = "run.yaml"
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def _started(
         check_own_teacher(method, student, resolve_student(config, teacher=True), data)
     elif config.teacher not in {"self", "none"}:
         check_teacher(config, data, checked["imgsz"], student, method=method)
-    run_dir = _new_run_dir(stock)
+    run_dir = new_run_dir(stock)
     stock_arguments = {k: v for k, v in stock.items() if k not in {"project", "name", "exist_ok"}}
     plan = {
         "kd_yolo_run": 1,
@@ -137,56 +136,6 @@ def _resumed(
     validate(TrainConfig, plan["config"], where=str(run_dir / RUN_FILE))
     LOGGER.info(f"Resuming {run_dir}")
     return run_dir, plan
-
-
-def find_run(resume: bool | str, stock: Mapping[str, Any]) -> Path:
-    """Return the run folder that ``resume`` means: a folder, a checkpoint inside one, or the latest unfinished run.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    if isinstance(resume, str):
-        path = Path(resume).expanduser().resolve()
-        for folder in (path, *path.parents[:3]):
-            if (folder / RUN_FILE).is_file():
-                return folder
-        raise ConfigError(f"resume={resume}: no {RUN_FILE} there; give the folder of a run that kd-yolo train started")
-    project = Path(str(stock.get("project") or "runs/detect")).expanduser().resolve()
-    named = [project / str(stock["name"])] if stock.get("name") else sorted(project.glob("*"), key=_modified)
-    for folder in reversed(named):
-        if (folder / RUN_FILE).is_file() and not (folder / "report.json").is_file():
-            return folder
-    raise ConfigError(f"resume=true: no unfinished run in {project}; give resume=FOLDER or project=FOLDER")
-
-
-def _modified(folder: Path) -> float:
-    run_file = folder / RUN_FILE
-    return run_file.stat().st_mtime if run_file.is_file() else 0.0
-
-
-def _new_run_dir(stock: Mapping[str, Any]) -> Path:
-    project = Path(str(stock.get("project") or "runs/detect")).expanduser().resolve()
-    name = str(stock.get("name") or "train")
-    run_dir = project / name
-    if stock.get("exist_ok"):
-        if (run_dir / RUN_FILE).is_file():  # overwrite this run: nothing of it may be taken for the new one's progress
-            for phase in (
-                run_dir / "teacher",
-                run_dir / DIRECT,
-                *run_dir.glob("student*"),
-                *run_dir.glob("stage*-*"),
-                *run_dir.glob("*.teacher-cache"),
-            ):
-                if phase.is_dir():
-                    shutil.rmtree(phase)
-            (run_dir / "report.json").unlink(missing_ok=True)
-    else:
-        number = 2
-        while run_dir.exists():
-            run_dir = project / f"{name}{number}"
-            number += 1
-    check_writable(run_dir)
-    return run_dir
 
 
 def _run_phases(run_dir: Path, plan: Mapping[str, Any]) -> list[PhaseResult]:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from kd_yolo.errors import ConfigError, TeacherError, nearest
+from kd_yolo.nn.precision import at_least_float32 as at_least_float32
 
 
 class MethodArgs(BaseModel):
@@ -233,11 +234,6 @@ def build_method(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
         return load_method(name)(parse_args(name, args), student, teacher)
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """Return half-precision values in float32; float32 and float64 stay as they are."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def check_same_anchors(student: Tensor, teacher: Tensor) -> None:

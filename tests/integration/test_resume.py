@@ -17,7 +17,8 @@ import pytest
 from kd_yolo.config import split_train_keys
 from kd_yolo.errors import ConfigError
 from kd_yolo.tasks.detect import KDTrainer, truncate_csv
-from kd_yolo.training import find_run, train
+from kd_yolo.tasks.run_folder import find_run
+from kd_yolo.training import train
 
 
 def losses(run_dir: Path, phase: str) -> list[list[str]]:

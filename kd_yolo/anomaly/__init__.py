@@ -1,0 +1,1 @@
+"""Anomaly detection: learn from normal images only, mark what differs (task=anomaly)."""
