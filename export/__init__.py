@@ -12,6 +12,7 @@ from kd_yolo.export.formats import FORMATS
 from kd_yolo.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from kd_yolo.export.anomaly_report import AnomalyExportReport
     from kd_yolo.export.report import ExportReport
 
 __all__ = ["FORMATS", "ExportReport", "export"]
@@ -28,8 +29,10 @@ def export(
     half: bool | None = None,
     int8: bool | None = None,
     **arguments: Any,
-) -> ExportReport:
+) -> ExportReport | AnomalyExportReport:
     """Deploy a checkpoint, export it, and prove the artifact equal to the unfused float32 model.
+
+    An anomaly checkpoint is exported as ``kd_yolo.export.anomaly.export_anomaly`` says.
 
     Args:
         model: A trained or deployed checkpoint.
@@ -47,7 +50,7 @@ def export(
             ``opset``, ``simplify``: of ONNX graphs. ``data``: data set whose validation images the gate looks at, whose
             training images calibrate int8 and whose ``split`` (default ``val``) judges it; ``max_drop``: points of
             mAP50-95 that int8 may cost (0.5); ``calibration_images``: how many. ``trust``: load foreign classes from
-            the checkpoint, which runs code in it.
+            the checkpoint, which runs code in it. ``category``: of ``data``, for an anomaly model.
 
     Raises:
         ConfigError: An argument is not acceptable, or means nothing to the format.
@@ -55,14 +58,27 @@ def export(
         ExportError: The export failed or did not pass the gate; nothing is left under the final name.
         KDYoloError: As ``kd_yolo.export.pipeline.run_export`` says.
     """
+    given = {"out": out, "imgsz": imgsz, "batch": batch, "dynamic": dynamic, **arguments}
+    return _export(model, format, _quantize(quantize, half, int8), given)
+
+
+def _export(
+    model: str | Path, format: str, quantize: int | None, arguments: dict[str, Any]
+) -> ExportReport | AnomalyExportReport:
+    """Export an anomaly model or a detector."""
     from kd_yolo.export.job import make_job
 
-    quantize = _quantize(quantize, half, int8)
+    from kd_yolo.anomaly.checkpoint import is_anomaly
+
+    if is_anomaly(model):
+        from kd_yolo.export.anomaly import export_with_keys
+
+        return export_with_keys(model, format, quantize, arguments)
     known = inspect.signature(make_job).parameters
     for key in arguments:
         if key not in known:
             raise ConfigError(f"export: unknown key '{key}'{nearest(key, known)}")
-    job = make_job(model, format, out, imgsz, batch, dynamic, quantize, **arguments)
+    job = make_job(model, format, quantize=quantize, **arguments)
     from kd_yolo.export.pipeline import run_export
 
     return run_export(job)

@@ -26,7 +26,7 @@ def make_engine(work: Work) -> Made:
         metadata = graph_metadata(graph.path)
         built = build_engine(graph.path, engine, job.target, metadata, job.dynamic, job.batch, work.canvas)
     facts = {**graph.facts, "engine": built}
-    if job.target is None or _runs_here(str(job.target.compute_capability)):
+    if job.target is None or runs_here(str(job.target.compute_capability)):
         return Made(engine, facts, proven=engine, int8=graph.int8, graph=graph.path)
     checked = (
         "the ONNX graph it was built from; the engine itself runs only on a GPU of compute capability "
@@ -35,7 +35,7 @@ def make_engine(work: Work) -> Made:
     return Made(engine, facts, proven=graph.path, checked=checked, int8=graph.int8)
 
 
-def _runs_here(compute_capability: str) -> bool:
+def runs_here(compute_capability: str) -> bool:
     """Return whether the first GPU, on which engines are proven, has a compute capability such as ``8.6``."""
     import torch
 

@@ -25,11 +25,11 @@ def make_openvino(work: Work) -> Made:
             made, report = quantized_openvino(work, made)
     with failures_in_one_line():
         write_sidecar(made, read_sidecar(made), work.own, job.precision)
-        facts = _facts(next(made.glob("*.xml")))
+        facts = graph_facts(next(made.glob("*.xml")))
     return Made(made, facts, proven=made, int8=report)
 
 
-def _facts(file: Path) -> dict[str, Any]:
+def graph_facts(file: Path) -> dict[str, Any]:
     """Return the opset and the number of operations of an OpenVINO graph."""
     import openvino
 

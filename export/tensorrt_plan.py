@@ -74,6 +74,7 @@ def inspect_engine(path: Path) -> dict[str, Any]:
         found = _read(path, own, plan)
     else:
         raise ModelError(f"{path}: only a machine with a GPU of its kind can look into an engine of TensorRT")
+    found = _freed(found, own)
     for key, value in found.items():
         if own.get(key, value) != value:
             raise ModelError(f"{path}: its metadata says {key} {own[key]}, the engine in it {value}; export it again")
@@ -122,6 +123,24 @@ def read_plan(plan: bytes, name: str, tensors: list[str]) -> dict[str, Any]:
 def is_readable(version: str) -> bool:
     """Return whether ``read_plan`` knows the layout of a version such as ``1.7.1.116``."""
     return tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) == KNOWN
+
+
+def _freed(found: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return what was found with a batch free again that the graph leaves free and the profile holds at one value.
+
+    The builder makes a number of such a length.
+    """
+    profile = own.get("profile")
+    if not profile or profile["min"][0] != profile["max"][0]:
+        return found
+    result = dict(found)
+    for kind in ("inputs", "outputs"):
+        result[kind] = {}
+        for name, tensor in found[kind].items():
+            first, *rest = tensor["shape"]
+            free = own[kind].get(name, tensor)["shape"][0] == -1 and first == profile["max"][0]
+            result[kind][name] = {**tensor, "shape": [-1 if free else first, *rest]}
+    return result
 
 
 def _scan(plan: bytes, tensors: list[str]) -> tuple[dict[str, Any], dict[str, int]]:

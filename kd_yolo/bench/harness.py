@@ -42,15 +42,17 @@ def benchmark(
             how a file is run, see ``kd_yolo.bench.runners.RUNTIMES``.
         imgsz: Canvas: a side, or height and width; default the artifacts' own, which must then agree.
         batch: Images per call.
-        data: Data set: its images are shown, and mAP is reported. Without it, synthetic images and no mAP.
+        data: Data set: its images are shown, and mAP is reported (AUROC, if all models are anomaly models; ``category``
+            then says of which part). Without it, synthetic images, no accuracy, and models of both tasks may be mixed.
         split: Split of ``data`` for images and mAP.
         out: Folder for ``benchmark.json``, ``.csv``, ``.md`` and ``.png``.
         trust: Load foreign classes from checkpoints, which runs code in them.
         **settings: Fields of ``kd_yolo.bench.settings.Settings``: ``rounds``, ``iterations``, ``stream``, ``threads``,
-            ``affinity``, ``device``, ``targets`` and ``against``.
+            ``affinity``, ``device``, ``targets``, ``against`` and ``category``.
 
     Raises:
-        ConfigError: An argument is not acceptable, canvases differ, or ``against`` was measured otherwise.
+        ConfigError: An argument is not acceptable, canvases differ, ``against`` was measured otherwise, or ``data`` is
+            to judge detectors and anomaly models at once.
         BackendMissingError: A runtime or provider is missing, or silently fell back to another one.
         DataError: An artifact's classes are not the data set's.
         KDYoloError: An artifact, the data or the folder cannot be used.
@@ -81,7 +83,8 @@ def _run(
     """Measure artifacts and gather the conditions they were measured under."""
     if earlier is not None:
         check_same(*earlier, {"batch": plan.batch, "threads": plan.threads})
-    files, synthetic, shown, resolved = _pictures(plan.data, plan.split)
+    anomaly = _one_task(choices, plan)
+    files, synthetic, shown, resolved = _anomaly_pictures(plan) if anomaly else _pictures(plan.data, plan.split)
     spec = {**loading, "batch": plan.batch, "device": plan.device, "threads": plan.threads, "cores": plan.cores}
     with worker_pool(choices, plan.threads) as workers:
         opened = open_all(workers, {**spec, "images": files, "synthetic": synthetic})
@@ -89,7 +92,7 @@ def _run(
         environment = _environment(opened)
         if earlier is not None:
             check_same(*earlier, {"canvas": canvas, **{key: environment[key] for key in ("cpu", "gpu")}})
-        if resolved is not None:
+        if resolved is not None and not anomaly:
             _check_classes(choices, opened, resolved)
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         rows = measure(workers, opened, plan, resolved)
@@ -124,6 +127,29 @@ def _check_classes(choices: Sequence[Any], opened: Sequence[dict[str, Any]], dat
 
     for choice, facts in zip(choices, opened, strict=True):
         check_same_classes(dict(enumerate(facts["names"])), data, choice.path)
+
+
+def _one_task(choices: Sequence[Any], plan: Plan) -> bool:
+    """Return whether data are given and all are anomaly models; one data set cannot judge both tasks."""
+    if plan.data is None:
+        return False
+    from kd_yolo.runtimes.anomaly_session import is_anomaly_file
+
+    found = [is_anomaly_file(choice.path) for choice in choices]
+    if any(found) and not all(found):
+        raise ConfigError("data=: judges detectors or anomaly models, not both; leave it out to time them together")
+    if plan.category is not None and not any(found):
+        raise ConfigError("category=: is for anomaly models; leave it out for detectors")
+    return any(found)
+
+
+def _anomaly_pictures(plan: Plan) -> tuple[list[str], int, str, str | None]:
+    """Return what ``_pictures`` does, for the test images of a category."""
+    from kd_yolo.bench.anomaly_runner import anomaly_files
+
+    files = anomaly_files(str(plan.data), plan.category, IMAGES)
+    part = "" if plan.category is None else f" {plan.category}"
+    return [str(file.absolute()) for file in files], 0, f"{len(files)} of {plan.data}{part}", plan.data
 
 
 def _selection() -> tuple[float, float]:

@@ -63,7 +63,7 @@ def measure(
         say(f"streaming {plan.stream} images through {worker.choice}")
         streams.append(worker.ask("stream", images=plan.stream))
     memory = [worker.ask("memory") for worker in workers]
-    accuracy = _accuracy(workers, data, plan.split)
+    accuracy = _accuracy(workers, data, plan)
     everything = zip(workers, opened, warm, timed, streams, memory, accuracy, strict=True)
     return [
         BenchRow(
@@ -79,6 +79,8 @@ def measure(
             **used,
             map50=judged.get("map50"),
             map50_95=judged.get("map50_95"),
+            image_auroc=judged.get("image_auroc"),
+            pixel_auroc=judged.get("pixel_auroc"),
         )
         for worker, facts, state, rounds, stream, used, judged in everything
     ]
@@ -155,12 +157,12 @@ def _rounds(workers: Sequence[WorkerProcess], rounds: int, iterations: int) -> l
     return timed
 
 
-def _accuracy(workers: Sequence[WorkerProcess], data: str | None, split: str) -> list[dict[str, Any]]:
+def _accuracy(workers: Sequence[WorkerProcess], data: str | None, plan: Plan) -> list[dict[str, Any]]:
     """Validate one artifact after the other, after all timing is done."""
     if data is None:
         return [{} for _ in workers]
     found = []
     for worker in workers:
         say(f"validating {worker.choice}")
-        found.append(worker.ask("accuracy", data=data, split=split))
+        found.append(worker.ask("accuracy", data=data, split=plan.split, category=plan.category))
     return found

@@ -15,6 +15,12 @@ from kd_yolo.bench.timing import STAGES, WHOLE, Summary
 from kd_yolo.tables import markdown_table
 
 PERCENTILES = ("p50", "p90", "p99")
+ACCURACY = {
+    "map50": "mAP50",
+    "map50_95": "mAP50-95",
+    "image_auroc": "image AUROC",
+    "pixel_auroc": "pixel AUROC",
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class BenchRow:
         artifact: Path as given.
         runtime: What ran it.
         precision: ``fp32``, ``fp16`` or ``int8``.
-        head: ``nms``, ``nms-free`` or ``nms inside``.
+        head: ``nms``, ``nms-free`` or ``nms inside``; ``map`` of an anomaly model.
         latency_ms: Summary of pre-processing, inference, post-processing and the whole, per batch.
         rounds_ms: Median of every round, of the same four.
         fps: Images per second of a continuous stream through the whole, by wall clock.
@@ -44,6 +50,8 @@ class BenchRow:
         energy_note: What the counter counts, or why there is none.
         map50: mAP at IoU 0.5, or None without data.
         map50_95: mAP over IoU 0.5 to 0.95, or None.
+        image_auroc: Area under the ROC curve of the image scores of an anomaly model, or None.
+        pixel_auroc: The same of the pixels, or None.
     """
 
     artifact: str
@@ -68,6 +76,8 @@ class BenchRow:
     energy_note: str
     map50: float | None = None
     map50_95: float | None = None
+    image_auroc: float | None = None
+    pixel_auroc: float | None = None
 
     def flat(self) -> dict[str, Any]:
         """Return one level of columns, as in the CSV file."""
@@ -132,8 +142,8 @@ class BenchReport:
 
     def to_markdown(self) -> str:
         """Return the table and the conditions under it, then changes and estimates if there are any."""
-        judged = any(row.map50 is not None for row in self.rows)
-        header = ["artifact", "runtime", "head", *(("mAP50", "mAP50-95") if judged else ())]
+        judged = [name for name in ACCURACY if any(getattr(row, name) is not None for row in self.rows)]
+        header = ["artifact", "runtime", "head", *(ACCURACY[name] for name in judged)]
         header += ["MB", "M params", "GFLOPs", "pre ms", "infer ms", "post ms", "whole ms", "FPS", "peak MB", "mJ"]
         lines = [markdown_table(header, [self._cells(row, judged) for row in self.rows]), "", *self.conditions()]
         energy = sorted({row.energy_note for row in self.rows})
@@ -159,7 +169,9 @@ class BenchReport:
             f"{where}, {self.threads} threads, {bound} ({found['cores_usable']} usable); rounds differed by up to "
             f"{wavered:.0%}; decoding images is not timed. FPS: {self.rows[0].stream_images} images on end.",
         ]
-        if self.data:
+        if self.data and any(row.image_auroc is not None for row in self.rows):
+            lines.append(f"AUROC on the test images of {self.data}, the same canvas.")
+        elif self.data:
             lines.append(f"mAP on the {self.split} split of {self.data}, the same canvas, no rectangular batches.")
         drifting = [row.artifact for row in self.rows if not row.warmup_stable]
         if drifting:
@@ -177,8 +189,8 @@ class BenchReport:
         writer.writerows(rows)
         return stream.getvalue()
 
-    def _cells(self, row: BenchRow, judged: bool) -> list[str]:
-        accuracy = [_number(row.map50, 3), _number(row.map50_95, 3)] if judged else []
+    def _cells(self, row: BenchRow, judged: list[str]) -> list[str]:
+        accuracy = [_number(getattr(row, name), 3) for name in judged]
         times = [
             "/".join(_short(getattr(row.latency_ms[stage], key)) for key in PERCENTILES) for stage in (*STAGES, WHOLE)
         ]

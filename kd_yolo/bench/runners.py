@@ -17,6 +17,7 @@ from kd_yolo.errors import ConfigError, ModelError, nearest
 from kd_yolo.images import Image, to_canvas
 from kd_yolo.inference import postprocess
 from kd_yolo.runtimes import Session, artifact_format, open_session
+from kd_yolo.runtimes.anomaly_session import is_anomaly_file
 
 TORCH_MODES = ("eager", "compile", "cudagraph")
 RUNTIMES = {
@@ -50,7 +51,7 @@ class Runner(ABC):
     Attributes:
         runtime: For example ``torch eager`` or ``onnxruntime CPUExecutionProvider``.
         precision: ``fp32``, ``fp16`` or ``int8``.
-        head: ``nms``, ``nms-free`` or ``nms inside``.
+        head: ``nms``, ``nms-free`` or ``nms inside``; ``map`` of an anomaly model.
         canvas: Height and width in pixels.
         channels: Channels of an image.
         names: Class names in order.
@@ -190,14 +191,40 @@ def open_runner(
         ConfigError: A canvas, batch, device or runtime that cannot be had.
         BackendMissingError: The runtime, or the wanted provider of it, is missing.
     """
+    if is_anomaly_file(choice.path):
+        return _open_anomaly(choice, imgsz, batch, device, threads)
     if kind_of(choice.path) == "pt":
         from kd_yolo.bench.torch_runner import open_torch
 
         return open_torch(choice.path, choice.runtime or TORCH_MODES[0], imgsz, device, trust)
+    _check_device(choice, device)
+    session = open_session(choice.path, _plain(imgsz), batch, device, threads, choice.runtime)
+    return SessionRunner(choice.path, session)
+
+
+def _open_anomaly(
+    choice: Choice, imgsz: int | Sequence[int] | None, batch: int, device: str, threads: int | None
+) -> Runner:
+    """Open an anomaly checkpoint, eager, or an exported anomaly model."""
+    from kd_yolo.bench.anomaly_runner import AnomalyRunner
+    from kd_yolo.runtimes.anomaly_session import open_anomaly
+
+    provider = choice.runtime
+    if kind_of(choice.path) == "pt":
+        if provider not in {None, TORCH_MODES[0]}:
+            raise ConfigError(f"{choice}: an anomaly checkpoint runs in PyTorch @eager alone; export it for speed")
+        provider = None
+    else:
+        _check_device(choice, device)
+    return AnomalyRunner(choice.path, open_anomaly(choice.path, _plain(imgsz), batch, device, threads, provider))
+
+
+def _check_device(choice: Choice, device: str) -> None:
     on_gpu = choice.runtime in GPU_RUNTIMES
     if choice.runtime is not None and on_gpu != (device.lower() != "cpu"):
         # Hardware, energy and estimates are recorded for the device of the benchmark.
         raise ConfigError(f"{choice}: runs on {'a GPU; give device=0' if on_gpu else 'the CPU; give device=cpu'}")
-    wanted = imgsz if imgsz is None or isinstance(imgsz, int) else list(imgsz)
-    session = open_session(choice.path, wanted, batch, device, threads, choice.runtime)
-    return SessionRunner(choice.path, session)
+
+
+def _plain(imgsz: int | Sequence[int] | None) -> int | list[int] | None:
+    return imgsz if imgsz is None or isinstance(imgsz, int) else list(imgsz)

@@ -24,6 +24,7 @@ class Settings:
         device: ``cpu``, ``cuda`` or a CUDA number.
         targets: Processors to estimate a lower bound for, by name or YAML file.
         against: ``benchmark.json`` of an earlier run to report the change of every row against.
+        category: Of the data set, for anomaly models.
     """
 
     rounds: int = 10
@@ -34,6 +35,7 @@ class Settings:
     device: str = "cpu"
     targets: Sequence[str | Path] = ()
     against: str | Path | None = None
+    category: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Plan:
         device: ``cpu``, ``cuda`` or a CUDA number.
         data: Data set as given, or None.
         split: Its split.
+        category: Its category, for anomaly models, or None.
     """
 
     batch: int
@@ -61,6 +64,7 @@ class Plan:
     device: str
     data: str | None
     split: str
+    category: str | None = None
 
 
 def make_settings(given: Mapping[str, Any]) -> Settings:
@@ -89,4 +93,15 @@ def make_plan(settings: Settings, batch: int, data: str | Path | None, split: st
             raise ConfigError(f"{name}={value}: must be a whole number of at least 1")
     cores = choose_cores(threads, settings.affinity)
     shown = None if data is None else str(data)
-    return Plan(batch, threads=threads, cores=cores, device=str(settings.device), data=shown, split=split, **counts)
+    if settings.category is not None and data is None:
+        raise ConfigError("category=: says which part of data= to judge on; give data= as well, or leave it out")
+    return Plan(
+        batch,
+        threads=threads,
+        cores=cores,
+        device=str(settings.device),
+        data=shown,
+        split=split,
+        category=settings.category,
+        **counts,
+    )

@@ -124,8 +124,13 @@ class Worker:
             "peak_device_memory_mb": self.runner.peak_device_memory_mb(),
         }
 
-    def accuracy(self, data: str, split: str) -> dict[str, Any]:
+    def accuracy(self, data: str, split: str, category: str | None = None) -> dict[str, Any]:
         """Validate the artifact."""
+        if self.runner.head == "map":
+            from kd_yolo.bench.anomaly_runner import AnomalyRunner, judge_anomaly
+
+            if isinstance(self.runner, AnomalyRunner):
+                return judge_anomaly(self.runner, data, category)
         from kd_yolo.bench.accuracy import evaluate
 
         return asdict(evaluate(self.path, self.runner, data, split, self.device))

@@ -41,7 +41,7 @@ class Session(ABC):
 
         Returns:
             The graph's one output in float32: (B, 4 + K, A) of all anchors with centre-size boxes in pixels, or
-            (B, n, 6) of selected rows x1, y1, x2, y2, score, class.
+            (B, n, 6) of selected rows x1, y1, x2, y2, score, class; (B, 1, H, W) of an anomaly map.
         """
 
     @property
@@ -60,7 +60,7 @@ class Session(ABC):
 
         Raises:
             ConfigError: The images are on a canvas, or have channels, that the file does not take.
-            ModelError: The output is not that of a detector with the classes that the file names.
+            ModelError: The output is not that of a detector with the classes that the file names, or no anomaly map.
         """
         self._check_pixels(pixels)
         size = self.fixed_batch
@@ -69,7 +69,7 @@ class Session(ABC):
         else:
             # Cloned: a runtime may write every answer into the same buffer.
             output = torch.cat([self.infer(_padded(part, size))[: len(part)].clone() for part in pixels.split(size)])
-        self._check_output(output)
+        self._check_output(output, pixels)
         return output
 
     def sync(self) -> None:
@@ -89,7 +89,15 @@ class Session(ABC):
             height, width = self.canvas
             raise ConfigError(f"{self.runtime}: the file's canvas is {height}x{width}, not {canvas[0]}x{canvas[1]}")
 
-    def _check_output(self, output: Tensor) -> None:
+    def _check_output(self, output: Tensor, pixels: Tensor) -> None:
+        if self.description.task == "anomaly":
+            expected = (len(pixels), 1, *pixels.shape[2:])
+            if tuple(output.shape) != expected:
+                raise ModelError(
+                    f"{self.runtime}: the file's output is {tuple(output.shape)}, not {expected} as an anomaly map is; "
+                    "export it again"
+                )
+            return
         classes = len(self.description.names)
         raw = self.description.head == "nms"
         if output.ndim != 3 or (output.shape[1] != 4 + classes if raw else output.shape[2] != 6):

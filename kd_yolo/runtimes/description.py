@@ -19,6 +19,10 @@ from kd_yolo.provenance import head_name
 METADATA_KEY = "kd_yolo"
 """Key of our entry (JSON text) beside Ultralytics' own metadata in every format."""
 
+NEEDED = {"detect": "a detector", "anomaly": "an anomaly model"}
+"""What messages call the model of a task that can be run here."""
+OUTPUT_AXES = {"detect": 3, "anomaly": 4}
+
 
 @dataclass(frozen=True)
 class Description:
@@ -33,9 +37,10 @@ class Description:
         batch: Images per call it was exported with.
         dynamic: Whether batch and canvas are free.
         precision: ``fp32``, ``fp16`` or ``int8``.
-        head: ``nms``, ``nms-free`` or ``nms inside``: what its output needs.
+        head: ``nms``, ``nms-free`` or ``nms inside``: what a detector's output needs; ``map`` of an anomaly model.
         own: Our entry: ``version`` of kd-yolo, ``source_sha256``, ``recipe_sha256``, and what a format adds (for an
             engine ``compute_capability`` and ``tensorrt``); empty when plain Ultralytics wrote the file.
+        task: ``detect`` or ``anomaly``.
     """
 
     format: str
@@ -48,6 +53,7 @@ class Description:
     precision: str
     head: str
     own: dict[str, Any] = field(default_factory=dict)
+    task: str = "detect"
 
     @property
     def any_batch(self) -> bool:
@@ -119,11 +125,13 @@ def check_signature(
         name: What messages call the file.
 
     Raises:
-        ModelError: It is no detector with one image input and one output, or its metadata is that of another graph.
+        ModelError: It is no model with one image input and one output of its task, or its metadata is that of another
+            graph.
     """
-    if len(inputs) != 1 or len(inputs[0]) != 4 or len(outputs) != 1 or len(outputs[0]) != 3:
+    axes = OUTPUT_AXES[description.task]
+    if len(inputs) != 1 or len(inputs[0]) != 4 or len(outputs) != 1 or len(outputs[0]) != axes:
         found = f"inputs {[list(shape) for shape in inputs]}, outputs {[list(shape) for shape in outputs]}"
-        raise ModelError(f"{name}: is not a detector with one image input and one output ({found})")
+        raise ModelError(f"{name}: is not {NEEDED[description.task]} with one image input and one output ({found})")
     told = [description.batch, description.channels, *description.canvas]
     for length, said, what in zip(inputs[0], told, ("batch", "channels", "height", "width"), strict=True):
         free = description.dynamic and what != "channels"
@@ -131,16 +139,19 @@ def check_signature(
             raise ModelError(f"{name}: says {what} {said}, but its graph takes {length}; export it again")
 
 
-def description_of(format: str, metadata: Mapping[str, Any], name: str | Path) -> Description:
+def description_of(
+    format: str, metadata: Mapping[str, Any], name: str | Path, task: str | None = "detect"
+) -> Description:
     """Return the description that Ultralytics' metadata and our entry in it make.
 
     Args:
         format: See ``Description``.
         metadata: As stored: values may be Python literals in text, ``kd_yolo`` is JSON text or a mapping.
         name: What messages call the file.
+        task: ``detect``, ``anomaly``, or None for both.
 
     Raises:
-        ModelError: It is no detector, its metadata is missing or damaged, or a newer kd-yolo wrote it.
+        ModelError: It is for another task, its metadata is missing or damaged, or a newer kd-yolo wrote it.
     """
     values = {str(key): _literal(value) for key, value in metadata.items() if key != METADATA_KEY}
     missing = [key for key in ("stride", "names", "imgsz", "batch") if key not in values]
@@ -149,8 +160,11 @@ def description_of(format: str, metadata: Mapping[str, Any], name: str | Path) -
             f"{name}: says nothing about its {', '.join(missing)}; it is damaged, or neither kd-yolo nor Ultralytics "
             "exported it; export it again"
         )
-    if values.get("task", "detect") != "detect":
-        raise ModelError(f"{name}: is a model for the task '{values['task']}'; a detector is needed")
+    found = str(values.get("task", "detect"))
+    wanted = tuple(NEEDED) if task is None else (task,)
+    if found not in wanted:
+        needed = " or ".join(NEEDED[one] for one in wanted)
+        raise ModelError(f"{name}: is a model for the task '{found}'; {needed} is needed")
     own = metadata.get(METADATA_KEY) or {}
     try:
         own = dict(json.loads(own) if isinstance(own, str) else own)
@@ -166,8 +180,9 @@ def description_of(format: str, metadata: Mapping[str, Any], name: str | Path) -
             batch=int(values["batch"]),
             dynamic=bool(values.get("dynamic", arguments.get("dynamic", False))),
             precision=str(own.get("precision") or _precision(arguments)),
-            head="nms inside" if arguments.get("nms") else head_name(not free),
+            head=_head(found, arguments, free),
             own=_known_version(own, name),
+            task=found,
         )
         _check_ranges(description)
         return description
@@ -187,6 +202,13 @@ def _check_ranges(told: Description) -> None:
             raise ValueError(f"{key} is {value}")
     if sorted(told.names) != list(range(len(told.names))) or not told.names:
         raise ValueError(f"names has the numbers {sorted(told.names)}, not 0 to n - 1")
+
+
+def _head(task: str, arguments: Mapping[str, Any], free: bool) -> str:
+    """Return what the output needs, by Ultralytics' export arguments."""
+    if task == "anomaly":
+        return "map"
+    return "nms inside" if arguments.get("nms") else head_name(not free)
 
 
 def _some(names: list[str]) -> str:

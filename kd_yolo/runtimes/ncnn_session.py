@@ -46,11 +46,12 @@ class NcnnSession(Session):
             return np.array(output)  # a copy: the extractor owns the memory
 
 
-def describe(path: Path) -> Description:
+def describe(path: Path, task: str | None = "detect") -> Description:
     """Read ``metadata.yaml`` of an ncnn folder; ncnn is not needed.
 
     Args:
         path: The folder, or the ``.param`` file in it.
+        task: See ``kd_yolo.runtimes.describe``.
 
     Raises:
         ModelError: As ``description_of``, or one of the folder's files is missing, empty or damaged.
@@ -60,18 +61,24 @@ def describe(path: Path) -> Description:
     with graph.open("rb") as stream:
         if stream.read(len(MAGIC)) != MAGIC:
             raise ModelError(f"{path}: its {graph.name} is not an ncnn graph; export it again")
-    return description_of("ncnn", yaml_metadata(graph.parent), path)
+    return description_of("ncnn", yaml_metadata(graph.parent), path, task)
 
 
 def open_session(
-    path: Path, imgsz: Any, batch: int | None, device: str, threads: int | None, provider: str | None
+    path: Path,
+    imgsz: Any,
+    batch: int | None,
+    device: str,
+    threads: int | None,
+    provider: str | None,
+    task: str | None = "detect",
 ) -> NcnnSession:
     """Open an ncnn folder; see ``kd_yolo.runtimes.open_session``."""
     if provider is not None:
         raise ConfigError(f"provider={provider}: is for ONNX files; leave it out for {path}")
     if str(device).strip().lower() != "cpu":
         raise ConfigError(f"device={device}: {path} is an ncnn model, which runs on the CPU here; use device=cpu")
-    description = describe(path)
+    description = describe(path, task)
     canvas = description.check(path, imgsz, batch)
     ncnn = _ncnn(path)
     graph = folder_file(path, "*.ncnn.param")

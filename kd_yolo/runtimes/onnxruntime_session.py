@@ -37,23 +37,29 @@ class OnnxRuntimeSession(Session):
         return torch.from_numpy(result).float()
 
 
-def describe(path: Path) -> Description:
+def describe(path: Path, task: str | None = "detect") -> Description:
     """Read the metadata of an ONNX file; ONNX Runtime is not needed.
 
     Raises:
         ModelError: As ``description_of``, or the file is truncated or no ONNX file.
     """
-    return description_of("onnx", onnx_metadata(path), path)
+    return description_of("onnx", onnx_metadata(path), path, task)
 
 
 def open_session(
-    path: Path, imgsz: Any, batch: int | None, device: str, threads: int | None, provider: str | None
+    path: Path,
+    imgsz: Any,
+    batch: int | None,
+    device: str,
+    threads: int | None,
+    provider: str | None,
+    task: str | None = "detect",
 ) -> OnnxRuntimeSession:
     """Open an ONNX file; see ``kd_yolo.runtimes.open_session``."""
     name = str(provider).lower() if provider else parse_device(device).type
     if name not in PROVIDERS:
         raise ConfigError(f"provider={provider}: unknown{nearest(name, PROVIDERS)} (known: {', '.join(PROVIDERS)})")
-    description = describe(path)
+    description = describe(path, task)
     canvas = description.check(path, imgsz, batch)
     wanted = PROVIDERS[name]
     session = _open(path, wanted, _options(name, device), threads)

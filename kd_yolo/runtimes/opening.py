@@ -10,8 +10,8 @@ from ultralytics.engine.exporter import export_formats
 from kd_yolo.errors import ModelError
 from kd_yolo.runtimes.base import Description, Session
 
-# format -> module with ``describe(path) -> Description`` and
-# ``open_session(path, imgsz, batch, device, threads, provider) -> Session``
+# format -> module with ``describe(path, task) -> Description`` and
+# ``open_session(path, imgsz, batch, device, threads, provider, task) -> Session``
 MODULES = {
     "onnx": "kd_yolo.runtimes.onnxruntime_session",
     "openvino": "kd_yolo.runtimes.openvino_session",
@@ -56,14 +56,18 @@ def is_foreign(path: Path) -> bool:
     return bool(matching) and max(matching, key=len) not in {".pt", *SUFFIXES, *FOLDER_NAMES}
 
 
-def describe(path: Path) -> Description:
+def describe(path: Path, task: str | None = "detect") -> Description:
     """Return what an exported file says about itself; nothing is run.
 
+    Args:
+        path: File or folder.
+        task: What it must be for: ``detect``, ``anomaly``, or None for both.
+
     Raises:
-        ModelError: The file is missing, damaged, no detector, or from a newer version.
+        ModelError: The file is missing, damaged, for another task, or from a newer version.
         BackendMissingError: Reading it needs a package that is not installed.
     """
-    description: Description = importlib.import_module(MODULES[artifact_format(path)]).describe(path)
+    description: Description = importlib.import_module(MODULES[artifact_format(path)]).describe(path, task)
     return description
 
 
@@ -74,6 +78,7 @@ def open_session(
     device: str = "cpu",
     threads: int | None = None,
     provider: str | None = None,
+    task: str | None = "detect",
 ) -> Session:
     """Open an exported file in its runtime, on exactly the device that was asked for.
 
@@ -85,12 +90,13 @@ def open_session(
         threads: CPU threads; default PyTorch's number.
         provider: Execution provider of ONNX Runtime: ``cpu``, ``cuda``, ``tensorrt`` or ``openvino``; default by
             ``device``.
+        task: As of ``describe``.
 
     Raises:
-        ModelError: The file is damaged, no detector, from a newer version, or made for another GPU.
+        ModelError: The file is damaged, for another task, from a newer version, or made for another GPU.
         ConfigError: It cannot take that canvas or batch, or the device is not there.
         BackendMissingError: The runtime or provider is missing, or fell back to another one.
     """
     module = importlib.import_module(MODULES[artifact_format(path)])
-    session: Session = module.open_session(path, imgsz, batch, device, threads, provider)
+    session: Session = module.open_session(path, imgsz, batch, device, threads, provider, task)
     return session

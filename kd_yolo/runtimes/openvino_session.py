@@ -42,11 +42,12 @@ class OpenVinoSession(Session):
         return torch.from_numpy(result[0]).float()
 
 
-def describe(path: Path) -> Description:
+def describe(path: Path, task: str | None = "detect") -> Description:
     """Read ``metadata.yaml`` of an OpenVINO folder; OpenVINO is not needed.
 
     Args:
         path: The folder, or the ``.xml`` file in it.
+        task: See ``kd_yolo.runtimes.describe``.
 
     Raises:
         ModelError: As ``description_of``, or one of the folder's files is missing, empty or damaged.
@@ -56,11 +57,17 @@ def describe(path: Path) -> Description:
     with graph.open("rb") as stream:
         if not stream.read(64).lstrip().startswith((b"<?xml", b"<net")):
             raise ModelError(f"{path}: its {graph.name} is not an OpenVINO graph; export it again")
-    return description_of("openvino", yaml_metadata(graph.parent), path)
+    return description_of("openvino", yaml_metadata(graph.parent), path, task)
 
 
 def open_session(
-    path: Path, imgsz: Any, batch: int | None, device: str, threads: int | None, provider: str | None
+    path: Path,
+    imgsz: Any,
+    batch: int | None,
+    device: str,
+    threads: int | None,
+    provider: str | None,
+    task: str | None = "detect",
 ) -> OpenVinoSession:
     """Open an OpenVINO folder; see ``kd_yolo.runtimes.open_session``.
 
@@ -68,7 +75,7 @@ def open_session(
     """
     if provider is not None:
         raise ConfigError(f"provider={provider}: is for ONNX files; leave it out for {path}")
-    description = describe(path)
+    description = describe(path, task)
     canvas = description.check(path, imgsz, batch)
     openvino = _openvino(path)
     core = openvino.Core()

@@ -128,17 +128,23 @@ class TensorRTSession(Session):
         return shapes[0] if shapes[0] == shapes[1] else " to ".join(shapes)
 
 
-def describe(path: Path) -> Description:
+def describe(path: Path, task: str | None = "detect") -> Description:
     """Read the metadata of an engine; neither a GPU nor TensorRT is needed.
 
     Raises:
         ModelError: As ``read_header`` and ``description_of``, or it is for a runtime that is unknown here.
     """
-    return _describe(path)[1]
+    return _describe(path, task)[1]
 
 
 def open_session(
-    path: Path, imgsz: Any, batch: int | None, device: str, threads: int | None, provider: str | None
+    path: Path,
+    imgsz: Any,
+    batch: int | None,
+    device: str,
+    threads: int | None,
+    provider: str | None,
+    task: str | None = "detect",
 ) -> TensorRTSession:
     """Open an engine; see ``kd_yolo.runtimes.open_session``.
 
@@ -149,6 +155,7 @@ def open_session(
         device: ``cuda`` or a CUDA number.
         threads: Of no use to an engine.
         provider: ``cuda-graph`` replays one recorded CUDA graph instead of starting kernel after kernel; default None.
+        task: See ``kd_yolo.runtimes.open_session``.
 
     Raises:
         ModelError: The header is damaged, or the engine is for another GPU or another version of TensorRT.
@@ -157,7 +164,7 @@ def open_session(
     """
     if provider not in {None, CUDA_GRAPH}:
         raise ConfigError(f"provider={provider}: an engine is its own provider; leave it out, or use {CUDA_GRAPH}")
-    offset, description = _describe(path)
+    offset, description = _describe(path, task)
     canvas = description.check(path, imgsz, batch)
     _check_profile(path, description, canvas)
     chosen = _cuda_device(path, device)
@@ -177,10 +184,10 @@ def open_session(
     return TensorRTSession(Loaded(trt, name, engine, context, chosen, free_bytes, graph, keep), description, canvas)
 
 
-def _describe(path: Path) -> tuple[int, Description]:
+def _describe(path: Path, task: str | None) -> tuple[int, Description]:
     offset, metadata = read_header(path)
     own = metadata.get(METADATA_KEY) or {}
-    return offset, description_of(FORMATS[_runtime(own, path)], metadata, path)
+    return offset, description_of(FORMATS[_runtime(own, path)], metadata, path, task)
 
 
 def _runtime(own: dict[str, Any], path: Path) -> str:

@@ -44,17 +44,23 @@ class TorchScriptSession(Session):
         return torch.cuda.max_memory_allocated(self.device) / 1e6 if self.device.type == "cuda" else None
 
 
-def describe(path: Path) -> Description:
+def describe(path: Path, task: str | None = "detect") -> Description:
     """Read the metadata of a TorchScript file; the graph is not loaded.
 
     Raises:
         ModelError: As ``description_of``, or the file is truncated or no TorchScript archive.
     """
-    return description_of("torchscript", torchscript_metadata(path), path)
+    return description_of("torchscript", torchscript_metadata(path), path, task)
 
 
 def open_session(
-    path: Path, imgsz: Any, batch: int | None, device: str, threads: int | None, provider: str | None
+    path: Path,
+    imgsz: Any,
+    batch: int | None,
+    device: str,
+    threads: int | None,
+    provider: str | None,
+    task: str | None = "detect",
 ) -> TorchScriptSession:
     """Open a TorchScript file; see ``kd_yolo.runtimes.open_session``.
 
@@ -65,7 +71,7 @@ def open_session(
     chosen = parse_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    description = describe(path)
+    description = describe(path, task)
     canvas = description.check(path, imgsz, batch)
     importlib.import_module("torchvision")  # registers the operator that a graph with NMS inside refers to
     try:
