@@ -1,0 +1,1 @@
+"""What anomaly models say of images: prediction, validation, and fusion with a detector."""
