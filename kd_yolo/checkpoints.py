@@ -28,7 +28,7 @@ from kd_yolo.errors import CheckpointError
 
 # Packages of ours whose classes a training checkpoint may hold: blocks of an unmerged student and, in a mid-run
 # last.pt, the distillation wrapper with its method.
-OWN_PACKAGES = ("kd_yolo.nn.", "kd_yolo.distill.")
+OWN_PACKAGES = ("kd_yolo.nn.", "kd_yolo.distill.", "kd_yolo.classify.")
 PLAIN_HEADS = (Detect, v10Detect)
 # Training state that a shipped file has no use for; the keys stay, as Ultralytics' strip_optimizer leaves them.
 TRAINING_STATE = ("best_fitness", "ema", "updates", "optimizer", "scaler", "stopper")

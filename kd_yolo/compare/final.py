@@ -79,8 +79,13 @@ def _judged(cell: Cell, record: Mapping[str, Any]) -> Mapping[str, Any]:
         if not current.get("test"):
             side = int(job.arguments["imgsz"])
             device = "cpu" if str(job.arguments["device"]) in {"cpu", "mps"} else "0"
-            accuracy = judge(job.checkpoint, str(Path(str(job.arguments["data"]))), "test", side, device)
-            test = {"mAP50-95": accuracy.map50_95, "mAP50": accuracy.map50, "images": accuracy.images}
+            if job.arguments.get("task") == "classify":
+                from kd_yolo.compare.classify import judge_classifier
+
+                test = judge_classifier(job.checkpoint, Path(str(job.arguments["data"])), "test", side, device)
+            else:
+                accuracy = judge(job.checkpoint, str(Path(str(job.arguments["data"]))), "test", side, device)
+                test = {"mAP50-95": accuracy.map50_95, "mAP50": accuracy.map50, "images": accuracy.images}
             current["test"] = {**test, "date": time.strftime("%Y-%m-%d")}
             write_json(job.folder / RESULT_FILE, current)
     return current

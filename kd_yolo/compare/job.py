@@ -123,7 +123,8 @@ def train_command(job: Job) -> list[str]:
     """Return the command that starts the run, or takes it up when it has begun."""
     program = [sys.executable, "-m", "kd_yolo", "train"]
     if (job.folder / "run.yaml").is_file():
-        return [*program, f"resume={job.folder}"]
+        task = ["task=classify"] if job.arguments.get("task") == "classify" else []
+        return [*program, *task, f"resume={job.folder}"]
     place = {"project": job.folder.parent, "name": job.folder.name, "exist_ok": True}
     return [*program, *(f"{key}={_word(value)}" for key, value in {**job.arguments, **place}.items())]
 

@@ -25,9 +25,10 @@ def describe(
     extra = {key: value for key, value in laid.stock.items() if key not in hidden}
     warm = keys.pretrained if isinstance(keys.pretrained, bool) else keys.pretrained.replace("\\", "/").split("/")[-1]
     teacher = laid.teacher if any(name != "none" for name in laid.methods) else ""
-    reached = [f"{one['mAP50-95']:.2f}" for one in teachers.values()]
+    main = keys.kind.shown[0]
+    reached = [f"{one[main]:.2f}" for one in teachers.values()]
     if teacher and reached:
-        teacher += f" ({', '.join(reached)} mAP50-95 on val)"
+        teacher += f" ({', '.join(reached)} {main} on val)"
     shown: dict[str, Any] = {
         "data": f"{_data_name(laid)} (val)",
         "imgsz": laid.imgsz,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_yolo.bench.affinity import physical_cores
+from kd_yolo.compare.task import task_of_arguments
 from kd_yolo.errors import CheckpointError
 from kd_yolo.files import write_json
 from kd_yolo.resources import load_yaml
@@ -26,12 +27,6 @@ if TYPE_CHECKING:
 
 RESULT_FILE = "result.json"
 ATTEMPTS_FILE = "attempts.json"
-METRICS = {
-    "mAP50-95": "metrics/mAP50-95(B)",
-    "mAP50": "metrics/mAP50(B)",
-    "precision": "metrics/precision(B)",
-    "recall": "metrics/recall(B)",
-}
 PLAIN_KEYS = ("seed", "epochs", "imgsz", "batch", "optimizer", "lr0", "close_mosaic")
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -58,10 +53,10 @@ def result_of_run(job: Job) -> dict[str, Any]:
     if not phases or not job.checkpoint.is_file():
         raise CheckpointError(f"{job.folder}: the run ended without a result; see {job.log}, or delete the folder")
     refuse_other_run(job)
-    values = phases[-1]["metrics"]
-    metrics = {name: float(values[key]) for name, key in METRICS.items() if key in values}
-    if "mAP50-95" not in metrics or not all(math.isfinite(value) for value in metrics.values()):
-        raise CheckpointError(f"{job.folder / 'report.json'}: holds no finite mAP50-95; delete the folder")
+    values, task = phases[-1]["metrics"], task_of_arguments(job.arguments)
+    metrics = {name: float(values[key]) for name, key in task.figures.items() if key in values}
+    if task.shown[0] not in metrics or not all(math.isfinite(value) for value in metrics.values()):
+        raise CheckpointError(f"{job.folder / 'report.json'}: holds no finite {task.shown[0]}; delete the folder")
     attempts = _attempts(job.folder)
     return {
         "address": job.address,

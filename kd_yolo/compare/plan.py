@@ -82,10 +82,10 @@ def plan(keys: CompareKeys, stock: Mapping[str, Any]) -> Plan:
     data = resolve_dataset(keys.data)
     if keys.test and "test" not in load_data_yaml(data).splits:
         raise DataError(f"{data}: has no 'test' split; drop test=true, or add one")
-    common = _common(keys, stock, data)
-    students = _labels([absolute_word(word) for word in keys.student_words], "students")
-    methods = _labels([_method_word(word) for word in keys.method_words], "methods")
-    files = _teacher_files(keys)
+    common = common_arguments(keys, stock, load_yaml(data).get("imgsz", 640))
+    students = labels([absolute_word(word) for word in keys.student_words], "students")
+    methods = labels([method_word(word) for word in keys.method_words], "methods")
+    files = teacher_files(keys)
     folds = _folds(keys, data)
     parts = [
         Part(number if folds else None, file, data_fingerprint(file), len(load_data_yaml(file).images("train")))
@@ -103,7 +103,7 @@ def plan(keys: CompareKeys, stock: Mapping[str, Any]) -> Plan:
         common["batch"],
         folds,
         common,
-        _teacher_text(keys, files),
+        teacher_text(keys, files),
         files,
         data_fingerprint(data),
         builder.pairs,
@@ -136,15 +136,20 @@ def cuda_devices(keys: CompareKeys) -> list[str]:
     return asked
 
 
-def _common(keys: CompareKeys, stock: Mapping[str, Any], data: Path) -> dict[str, Any]:
-    """Return the stock arguments of every run, those that the report names filled in."""
+def common_arguments(keys: CompareKeys, stock: Mapping[str, Any], canvas: Any) -> dict[str, Any]:
+    """Return the stock arguments of every run, those that the report names filled in.
+
+    Args:
+        keys: The comparison's keys.
+        stock: Stock arguments as given.
+        canvas: The canvas in pixels when ``imgsz`` is not given.
+    """
     defaults = stock_keys()
-    imgsz = stock.get("imgsz", load_yaml(data).get("imgsz", 640))
     named = {key: stock.get(key, defaults[key]) for key in ("epochs", "batch")}
     given = {key: value for key, value in stock.items() if key not in {"project", "name", "device"}}
     # One GPU a run: the engine chooses which one by CUDA_VISIBLE_DEVICES, and a run sees it as number 0.
     place: str | int = 0 if cuda_devices(keys) else "mps" if keys.device == "mps" else "cpu"
-    return {"plots": False, **given, "imgsz": imgsz, **named, "device": place}
+    return {"plots": False, **given, "imgsz": stock.get("imgsz", canvas), **named, "device": place}
 
 
 def _folds(keys: CompareKeys, data: Path) -> list[Path]:
@@ -153,7 +158,7 @@ def _folds(keys: CompareKeys, data: Path) -> list[Path]:
     return make_folds(data, keys.folds, keys.home / "folds" / f"{keys.folds}-{data_fingerprint(data)[:SHOWN]}")
 
 
-def _teacher_files(keys: CompareKeys) -> list[Path]:
+def teacher_files(keys: CompareKeys) -> list[Path]:
     """Return the teachers' files.
 
     Raises:
@@ -173,11 +178,12 @@ def file_label(file: Path) -> str:
     return f"{file.parent.parent.name}/{file.name}" if file.parent.name == "weights" else file.name
 
 
-def _teacher_text(keys: CompareKeys, files: Sequence[Path]) -> str:
+def teacher_text(keys: CompareKeys, files: Sequence[Path]) -> str:
+    """Return what teaches, for the report."""
     return ", ".join(map(file_label, files)) if files else keys.teacher
 
 
-def _labels(given: Sequence[str], key: str) -> dict[str, str]:
+def labels(given: Sequence[str], key: str) -> dict[str, str]:
     """Return short labels of models or methods, file names for files.
 
     Raises:
@@ -197,5 +203,6 @@ def _label(file: Path) -> str:
     return file.parent.parent.name if file.parent.name == "weights" else file.stem
 
 
-def _method_word(word: str) -> str:
+def method_word(word: str) -> str:
+    """Return a method file's absolute path; a name stays a name."""
     return absolute_word(word) if word.endswith((".yaml", ".yml")) else word

@@ -11,10 +11,10 @@ from typing import Any
 from kd_yolo.compare.cells import TEACHER, Cell
 from kd_yolo.compare.job import JobResult
 from kd_yolo.compare.statistics import Paired, compare_pairs, judge_all
+from kd_yolo.compare.task import task_of_figures
 from kd_yolo.tables import markdown_table
 
-METRICS = ("mAP50-95", "mAP50")
-HEADER = ("student", "method", "runs", "mAP50-95", "mAP50", "gain", "t interval", "bootstrap", "p (Holm)", "verdict")
+HEADER = ("gain", "t interval", "bootstrap", "p (Holm)", "verdict")
 COST_HEADER = ("pairs to tell", "h a run", "step ms", "memory MB")
 
 
@@ -71,10 +71,12 @@ class CompareReport:
 
     def to_markdown(self) -> str:
         """Return the tables, the setting and the notes."""
-        parts = [markdown_table([*HEADER, *COST_HEADER], [self._cells(row) for row in self.rows])]
+        metrics = task_of_figures(self.rows[0].values if self.rows else ()).shown
+        head = ["student", "method", "runs", *metrics, *HEADER, *COST_HEADER]
+        parts = [markdown_table(head, [self._cells(row) for row in self.rows])]
         tested = [row for row in self.rows if row.test]
         if tested:
-            head = ["test split, judged once", *METRICS, "gain"]
+            head = ["test split, judged once", *metrics, "gain"]
             parts.append(markdown_table(head, [self._test_cells(row) for row in tested]))
         lines = ["; ".join(f"{name} {value}" for name, value in self.setting["shown"].items()), *self.notes]
         return "\n\n".join([*parts, "\n".join(f"- {line}" for line in lines)])
@@ -92,7 +94,7 @@ class CompareReport:
 
     def _cells(self, row: Row) -> list[str]:
         gain, cost = row.gain, row.cost
-        means = [spread(row.values[metric]) for metric in METRICS]
+        means = [spread(values) for values in row.values.values()]
         told: list[str] = ["", "", "", "", "baseline" if row.method == self.setting["baseline"] else "cannot tell", ""]
         if gain is not None:
             told = [
@@ -113,7 +115,7 @@ class CompareReport:
         metric = self.setting["metric"]
         if base is not None and base is not row and base.test and base.places == row.places:
             gain = f"{_mean(row.test[metric]) - _mean(base.test[metric]):+.2f} {metric}"
-        return [f"{row.student} {row.method}", *(spread(row.test[m]) for m in METRICS), gain]
+        return [f"{row.student} {row.method}", *(spread(row.test[m]) for m in row.values), gain]
 
 
 def make_rows(
@@ -187,15 +189,16 @@ def interval(low: float, high: float) -> str:
 
 def _row(student: str, method: str, cells: Sequence[Cell], results: Mapping[str, JobResult]) -> Row:
     found = [results[cell.job.name] for cell in cells]
+    metrics = task_of_figures(found[0].record["metrics"]).shown
     points = [_points(one, "metrics") for one in found]
     tested = [_points(one, "test") for one in found if one.record.get("test")]
     return Row(
         student,
         method,
-        {metric: [one[metric] for one in points] for metric in METRICS},
+        {metric: [one[metric] for one in points] for metric in metrics},
         [(cell.seed, cell.fold) for cell in cells],
         cost=mean_cost([one.record for one in found]),
-        test={metric: [one[metric] for one in tested] for metric in METRICS} if len(tested) == len(found) else {},
+        test={metric: [one[metric] for one in tested] for metric in metrics} if len(tested) == len(found) else {},
     )
 
 
@@ -207,7 +210,7 @@ def _with_gain(
     min_gain: float,
     overlap: float,
 ) -> Row:
-    other = next(name for name in METRICS if name != metric)
+    other = next(name for name in row.values if name != metric)
     paired = [index for index, place in enumerate(row.places) if place in baseline]
     if not paired:
         return row
@@ -223,7 +226,8 @@ def _replaced(row: Row, gain: Paired, **more: Any) -> Row:
 
 
 def _points(result: JobResult, key: str) -> dict[str, float]:
-    return {metric: 100 * float(result.record[key].get(metric, math.nan)) for metric in METRICS}
+    metrics = task_of_figures(result.record["metrics"]).shown
+    return {metric: 100 * float(result.record[key].get(metric, math.nan)) for metric in metrics}
 
 
 def _needed(gain: Paired) -> str:

@@ -12,13 +12,15 @@ from ultralytics.utils import LOGGER
 
 from kd_yolo.compare import local
 from kd_yolo.compare.cells import TEACHER
+from kd_yolo.compare.classify import check_classify_teachers, plan_classify
 from kd_yolo.compare.final import judge_on_test, tested_methods
 from kd_yolo.compare.job import Job, JobResult
 from kd_yolo.compare.notes import describe, notes
 from kd_yolo.compare.plan import Plan, cuda_devices, plan
 from kd_yolo.compare.plots import plot
-from kd_yolo.compare.report import METRICS, CompareReport, Row, make_rows
+from kd_yolo.compare.report import CompareReport, Row, make_rows
 from kd_yolo.compare.settings import CompareKeys, check_keys
+from kd_yolo.compare.task import task_of_figures
 from kd_yolo.compare.teachers import Figures, check_pairs, measure_teachers
 from kd_yolo.compare.tracking import track
 from kd_yolo.files import check_writable, write_json, write_text
@@ -44,12 +46,15 @@ def compare(keys: CompareKeys, stock: Mapping[str, Any]) -> CompareReport:
     """
     check_keys(keys)
     check_writable(keys.home)
-    laid = plan(keys, stock)
+    laid = plan_classify(keys, stock) if keys.task == "classify" else plan(keys, stock)
     named = tested_methods(keys, laid.methods)
     if len(keys.seed_list) * max(len(laid.folds), 1) < 2:
         LOGGER.warning("one seed: no verdict is possible; three seeds are the least, five are better")
-    figures = measure_teachers(laid, keys.home)
-    check_pairs(laid, figures)
+    if keys.task == "classify":
+        figures = check_classify_teachers(laid, keys.home)
+    else:
+        figures = measure_teachers(laid, keys.home)
+        check_pairs(laid, figures)
     results = _train(laid, keys, _engine(keys, laid))
     rows = _rows(laid, results, keys)
     if named:
@@ -93,7 +98,9 @@ class Progress:
         head = f"[{self.done}/{self.total}] {result.name}: "
         if result.status != "done":
             return f"{head}{result.status}, {result.reason}; log: {result.log}"
-        said = f"mAP50-95 {100 * result.record['metrics']['mAP50-95']:.2f}"
+        figures = result.record["metrics"]
+        main = task_of_figures(figures).shown[0]
+        said = f"{main} {100 * figures[main]:.2f}"
         said += f", {duration(result.record['cost']['wall_s'])}" if result.fresh else ", was done"
         left = self.total - self.done
         return (
@@ -174,7 +181,7 @@ def _report(
     teachers = {cell.job.name for cell in laid.cells if cell.method == TEACHER}
     if keys.teacher == "self":
         own = [results[name].record["metrics"] for name in teachers if results[name].status == "done"]
-        figures = {"self": {m: 100 * sum(one[m] for one in own) / len(own) for m in METRICS}} if own else {}
+        figures = {"self": {m: 100 * sum(one[m] for one in own) / len(own) for m in keys.kind.shown}} if own else {}
     records = [dict(one.record) for one in done]
     setting = describe(laid, keys, baseline, records, figures)
     said = notes(laid, keys, rows, records, {name: results[name] for name in teachers})

@@ -8,25 +8,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from kd_yolo.compare.task import DETECT, TASKS, CompareTask, TaskName
 from kd_yolo.config import REPLACED_KEYS, Strict, TrainConfig, stock_keys, validate
 from kd_yolo.errors import ConfigError, nearest
 
 # Keys of kd-yolo train that every run gets; the second group means something only where there is a teacher.
-STUDENT_OPTIONS = ("reparam", "trust")
-TEACHER_OPTIONS = (
-    "teacher_merge",
-    "unlabeled",
-    "unlabeled_ratio",
-    "pseudo",
-    "pseudo_conf",
-    "pseudo_weight",
-    "cache_teacher",
-    "cache_gb",
-    "cache_dir",
-    "balance",
-    "allow_weak_teacher",
-    "allow_other_canvas",
-)
+STUDENT_OPTIONS, TEACHER_OPTIONS = DETECT.students, DETECT.teachers
+REPLACED = {key: text for key, text in REPLACED_KEYS.items() if key != "task"}
 DECIDED = {
     "seed": "give seeds=0,1,2",
     "model": "give students=A,B",
@@ -46,6 +34,7 @@ DECIDED = {
 class CompareKeys(Strict):
     """Keys of ``kd-yolo compare``; ``options`` holds keys of ``kd-yolo train`` for every run."""
 
+    task: TaskName = Field(default="detect", description="what the students do: detect or classify")
     data: str = Field(min_length=1, description="data set; give data=neu or data=FILE")
     students: str | list[str] = Field(description="models, as model= of train; give students=A,B")
     methods: str | list[str] = Field(
@@ -59,9 +48,9 @@ class CompareKeys(Strict):
         default="equal_student", description="the baseline's epochs"
     )
     baseline: str = Field(default="none", min_length=1, description="the method that all others are compared with")
-    metric: Literal["mAP50-95", "mAP50"] = "mAP50-95"
+    metric: Literal["mAP50-95", "mAP50", "top1", "top5"] = "mAP50-95"
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
-    min_gain: float = Field(default=0.5, ge=0, le=100, description="smallest gain that matters, in points of mAP")
+    min_gain: float = Field(default=0.5, ge=0, le=100, description="smallest gain that matters, in points")
     split: str = Field(default="val", description="split that choices are made on")
     test: bool = False
     test_methods: str | list[str] | None = None
@@ -88,6 +77,11 @@ class CompareKeys(Strict):
             if key not in (*STUDENT_OPTIONS, *TEACHER_OPTIONS):
                 raise ValueError(f"'{key}' is no option of a comparison's runs")
         return value
+
+    @property
+    def kind(self) -> CompareTask:
+        """Return the task with what differs between tasks."""
+        return TASKS[self.task]
 
     @property
     def student_words(self) -> list[str]:
@@ -126,9 +120,13 @@ def split_compare_keys(values: Mapping[str, Any]) -> tuple[CompareKeys, dict[str
     Raises:
         ConfigError: An unknown key (the nearest is named), one that a comparison decides itself, or a wrong value.
     """
-    own: dict[str, Any] = {}
+    task = TASKS.get(values.get("task", "detect"))
+    if task is None:
+        raise ConfigError(f"task={values['task']}: comparisons are made of {' and '.join(TASKS)}")
+    own: dict[str, Any] = {} if task is DETECT else {"metric": task.shown[0], "methods": "none,hflkd"}
     stock: dict[str, Any] = {}
     options: dict[str, Any] = {}
+    known_options = (*task.students, *task.teachers)
     fields = [key for key in CompareKeys.model_fields if key != "options"]
     for key, value in values.items():
         if key.startswith(("kd.", "schedule.")):
@@ -136,16 +134,16 @@ def split_compare_keys(values: Mapping[str, Any]) -> tuple[CompareKeys, dict[str
                 f"'{key}' would hold for one method only: put it into a YAML file of that method and give "
                 "methods=none,my-method.yaml"
             )
-        if key in DECIDED or key in REPLACED_KEYS:
-            raise ConfigError(f"'{key}' is not used here: {DECIDED.get(key) or REPLACED_KEYS[key]}")
+        if key in DECIDED or key in REPLACED:
+            raise ConfigError(f"'{key}' is not used here: {DECIDED.get(key) or REPLACED[key]}")
         if key in fields:
             own[key] = value
-        elif key in (*STUDENT_OPTIONS, *TEACHER_OPTIONS):
+        elif key in known_options:
             options[key] = value
         elif key in stock_keys():
             stock[key] = value
         else:
-            known = [*fields, *STUDENT_OPTIONS, *TEACHER_OPTIONS, *stock_keys()]
+            known = [*fields, *known_options, *stock_keys()]
             raise ConfigError(f"unknown key '{key}'{nearest(key, known)} (kd-yolo compare --help lists all)")
     _refuse_numbers_as_names(own)
     keys = validate(CompareKeys, {**own, "options": options}, where="compare")
@@ -178,8 +176,7 @@ def check_keys(keys: CompareKeys) -> None:
     slashes = {"/", "\\"} & set(keys.name)
     if slashes or keys.name in {".", ".."}:
         raise ConfigError(f"name={keys.name}: a plain folder name is needed; the place goes into project=")
-    given: dict[str, Any] = {key: value for key, value in keys.options.items() if value is not None}
-    validate(TrainConfig, {"data": keys.data, **given}, where="compare")
+    _check_task(keys)
     keys.seed_list  # noqa: B018 - refuses wrong seeds
 
 
@@ -189,6 +186,21 @@ def words(value: str | int | list[Any] | None) -> list[str]:
         return []
     parts = value if isinstance(value, list) else str(value).split(",")
     return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def _check_task(keys: CompareKeys) -> None:
+    """Refuse what the task does not have: another task's metric or options, folds of classification folders."""
+    if keys.metric not in keys.kind.shown:
+        raise ConfigError(f"metric={keys.metric}: task={keys.task} has {' and '.join(keys.kind.shown)}")
+    if keys.task == "classify" and keys.folds is not None:
+        raise ConfigError("folds: task=classify is compared over seeds on its own split; drop folds=")
+    given: dict[str, Any] = {key: value for key, value in keys.options.items() if value is not None}
+    if keys.task == "detect":
+        validate(TrainConfig, {"data": keys.data, **given}, where="compare")
+        return
+    from kd_yolo.classify.settings import ClassifyConfig
+
+    validate(ClassifyConfig, {"data": keys.data, **given}, where="compare")
 
 
 def _refuse_numbers_as_names(own: dict[str, Any]) -> None:

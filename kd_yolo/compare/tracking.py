@@ -13,7 +13,7 @@ from typing import Any
 
 from ultralytics.utils import LOGGER, SETTINGS
 
-from kd_yolo.compare.report import METRICS, CompareReport
+from kd_yolo.compare.report import CompareReport
 
 
 def track(report: CompareReport, folder: Path, name: str) -> list[str]:
@@ -46,7 +46,7 @@ def scalars(report: CompareReport) -> dict[str, float]:
     found: dict[str, float] = {}
     for row in report.rows:
         place = f"{row.student}/{row.method}"
-        for metric in METRICS:
+        for metric in row.values:
             found[f"{place}/{metric}"] = sum(row.values[metric]) / len(row.values[metric])
         if row.gain is not None:
             found[f"{place}/gain"] = row.gain.mean

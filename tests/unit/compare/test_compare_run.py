@@ -141,7 +141,7 @@ def test_compare__self_teacher_is_trained_once_and_its_cost_named(go: Compare, t
     assert any("the baseline has these epochs too (4)" in one for one in total.notes)
 
 
-def test_compare__one_seed_warns(go: Compare, caplog: pytest.LogCaptureFixture) -> None:
+def test_compare__one_seed_warns(go: Compare) -> None:
     report = go(seeds=1)
     assert [row.gain.verdict for row in report.rows if row.gain] == ["cannot tell (one seed)"] * 2
     assert any(note.startswith("WARNING: one pair") for note in report.notes)

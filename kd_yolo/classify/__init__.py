@@ -1,0 +1,1 @@
+"""Classification: distillation of Ultralytics classifiers, LightNet classifiers, chains, and data for them."""
