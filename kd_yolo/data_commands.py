@@ -28,7 +28,7 @@ class CheckKeys(Strict):
 class ConvertKeys(Strict):
     """Keys of ``data convert``."""
 
-    from_: str = Field(alias="from", description="voc, masks, coco or deeppcb; give from=NAME")
+    from_: str = Field(alias="from", description="voc, masks, coco, deeppcb, classes or signals; give from=NAME")
     src: str = Field(description="folder with the published data; give src=FOLDER")
     out: str = Field(description="folder to write; give out=FOLDER")
     split: str = "auto"
@@ -76,7 +76,13 @@ def check(values: Mapping[str, Any]) -> Outcome:
 
 
 def convert(values: Mapping[str, Any]) -> Outcome:
-    """Bring a published layout into YOLO form."""
+    """Bring a published layout into YOLO form, or recordings into pictures."""
+    if values.get("from") == "signals":
+        return _convert_signals(values)
+    if values.get("from") == "classes":
+        from kd_yolo.classify.convert import convert_classes
+
+        return convert_classes(values)
     keys = _keys(ConvertKeys, values, "data convert")
     from kd_yolo.data.convert import convert as run
     from kd_yolo.data.splits import parse_split
@@ -126,6 +132,18 @@ SUBCOMMANDS: dict[str, Callable[[Mapping[str, Any]], Outcome]] = {
     "make": make,
     "split": split,
 }
+
+
+def _convert_signals(values: Mapping[str, Any]) -> Outcome:
+    from kd_yolo.data.signals import SignalsKeys
+    from kd_yolo.data.signals_convert import convert_signals
+
+    keys = _keys(SignalsKeys, values, "data convert from=signals")
+    params = keys.model_dump(exclude={"from_", "src", "out"}, exclude_unset=True)  # unset keys may come from like=
+    src, out = Path(keys.src).expanduser(), Path(keys.out).expanduser()
+    report = convert_signals(src, out, progress=stderr_progress(f"{keys.src}: drawing"), **params)
+    hint = "" if keys.like else f"\nuse it with task=classify data={report.out}"
+    return f"{report.to_text()}{hint}", report.to_dict()
 
 
 def _keys(schema: Any, values: Mapping[str, Any], command: str) -> Any:
