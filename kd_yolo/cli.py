@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kd_yolo import __version__
-from kd_yolo.command_table import COMMANDS
+from kd_yolo.command_table import COMMANDS, TASK_CONFIGS
 from kd_yolo.errors import KDYoloError, nearest
 
 INTERRUPTED = 130
@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kd-yolo: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        hint = "; go on with: kd-yolo train resume=true" if words[0] == "train" else ""
+        task = "".join(f"{word} " for word in words if word.startswith("task="))
+        hint = f"; go on with: kd-yolo train {task}resume=true" if words[0] == "train" else ""
         print(f"kd-yolo: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
@@ -62,8 +63,10 @@ def overview() -> str:
     )
 
 
-def command_help(name: str) -> str:
-    """Return the help text of one command."""
+def command_help(name: str, task: str | None = None) -> str:
+    """Return the help text of one command; ``train`` has other keys for other tasks."""
+    if name == "train" and task in TASK_CONFIGS:
+        return _task_help(str(task))
     command = COMMANDS[name]
     sentence = f"{command.summary[0].upper()}{command.summary[1:]}."
     lines = [f"usage: kd-yolo {name} {command.usage}".rstrip(), "", sentence]
@@ -87,7 +90,7 @@ def _run(name: str, words: list[str]) -> int:
     if name not in COMMANDS:
         raise ConfigError(f"unknown command '{name}'{nearest(name, COMMANDS)} (kd-yolo --help lists all)")
     if any(word in {"--help", "-h", "help"} for word in words):
-        print(command_help(name))
+        print(command_help(name, next((word[5:] for word in words if word.startswith("task=")), None)))
         return 0
     positional = [words.pop(0)] if words and "=" not in words[0] and name == "data" else []
     values = parse_pairs(words)
@@ -104,6 +107,19 @@ def _run(name: str, words: list[str]) -> int:
         text, content = handler(*positional, values)
     print(json.dumps(content, default=str) if as_json else text)
     return 0
+
+
+def _task_help(task: str) -> str:
+    """Return the help text of ``train`` for a task: its own keys, read from what checks them."""
+    module, _, name = TASK_CONFIGS[task].config.partition(":")
+    fields = getattr(importlib.import_module(module), name).model_fields
+    width = max(map(len, fields))
+    lines = [f"usage: kd-yolo train task={task} data=... key=value ...", ""]
+    for key, field in fields.items():
+        default = "needed" if field.is_required() else f"[{field.default}]"
+        lines.append(f"  {key:<{width}}  {field.description} {default}")
+    lines += ["", *(f"  {line}" for line in TASK_CONFIGS[task].notes)]
+    return "\n".join([*lines, "", f"Example: {TASK_CONFIGS[task].example}"])
 
 
 def _wrapped(names: Sequence[str], width: int = 100) -> list[str]:

@@ -26,7 +26,39 @@ class Command:
     example: str = ""
 
 
+@dataclass(frozen=True)
+class TaskHelp:
+    """What ``train --help`` says of a task other than detection.
+
+    Attributes:
+        config: ``module:class`` of the model that checks its keys.
+        notes: What else is accepted, one line each.
+        example: A command that works as written.
+    """
+
+    config: str
+    notes: tuple[str, ...]
+    example: str
+
+
+TASK_CONFIGS = {
+    "anomaly": TaskHelp(
+        "kd_yolo.anomaly.settings:AnomalyConfig",
+        (
+            "kd.NAME replaces a value of the model's file, for example kd.same=1 kd.fuse=product kd.student=lightnet-n",
+            "Ultralytics' imgsz [256], batch [16], epochs [100, at least 2000 steps], lr0, device, project and so on",
+        ),
+        "kd-yolo train task=anomaly data=surface-synth model=hkt imgsz=128 epochs=20",
+    ),
+    "classify": TaskHelp(
+        "kd_yolo.classify.settings:ClassifyConfig",
+        ("kd.NAME and schedule.NAME are arguments of the method; Ultralytics' own keys as for yolo classify train",),
+        "kd-yolo train task=classify data=knock-synth model=lightnet-n-cls imgsz=128 epochs=20",
+    ),
+}
+
 TRAIN_KEYS = {
+    "task": "detect, anomaly or classify; train task=anomaly --help lists its keys [detect]",
     "data": "data set: YAML file or built-in name (neu, magnetic-tile, pku-pcb, deeppcb, steel-synth); needed",
     "model": "student: lightnet-n|s|m, a stock YAML or a .pt file [lightnet-s]",
     "teacher": "self (train one first), none, or a file: .pt or .onnx; several with commas [self]",
@@ -58,16 +90,17 @@ TRAIN_KEYS = {
 }
 
 COMPARE_KEYS = {
+    "task": "detect or classify [detect]",
     "data": "data set: YAML file or built-in name; needed",
     "students": "models, separated by commas; needed",
-    "methods": "methods, combinations or YAML files of methods [none,kd-lightnet]",
+    "methods": "methods, combinations or YAML files of methods [none,kd-lightnet; task=classify: none,hflkd]",
     "teacher": "a file (several with commas), or self: one teacher a student and seed, shared by all methods [none]",
     "seeds": "seeds; each is a pair of the comparison [0,1,2]",
     "folds": "k: k-fold cross-validation over train and val together; test stays out",
     "split": "val; the test split only through test=true [val]",
     "baseline": "what all methods are compared with [none]",
     "control": "equal_total gives the baseline the self teacher's epochs too [equal_student]",
-    "metric": "mAP50-95 or mAP50 [mAP50-95]",
+    "metric": "mAP50-95 or mAP50; task=classify: top1 or top5 [the first]",
     "confidence": "of the intervals [0.95]",
     "min_gain": "smallest gain that matters, in points [0.5]",
     "test": "judge the finished runs of test_methods on the test split, once [false]",
@@ -98,18 +131,35 @@ COMMANDS: dict[str, Command] = {
         example="kd-yolo train data=steel-synth imgsz=160 epochs=10",
     ),
     "val": Command(
-        "validate a checkpoint or exported file on the square canvas",
+        "validate a detector, classifier or anomaly model, checkpoint or exported file",
         "kd_yolo.commands:val",
         "model=best.pt data=neu.yaml [imgsz=224] [split=test]",
-        {"model": MODEL_KEY, "data": "data set; needed", "trust": TRUST},
+        {
+            "model": MODEL_KEY,
+            "data": "data set; needed",
+            "category": "anomaly models: category of data=, or all",
+            "threshold": "anomaly models: own, or f1: those of the best F1 on the labelled val images [own]",
+            "out": "anomaly models: with threshold=f1, the checkpoint to write with them",
+            "trust": TRUST,
+        },
         stock=True,
         example="kd-yolo val model=runs/detect/train/weights/best.pt data=steel-synth imgsz=160 split=test",
     ),
     "predict": Command(
-        "detect in images, folders or videos",
+        "detect in images, folders or videos; classify them; look for anomalies",
         "kd_yolo.commands:predict",
         "model=best.pt source=FOLDER [imgsz=224] [conf=0.25]",
-        {"model": MODEL_KEY, "source": "image, folder, video or camera number; needed", "trust": TRUST},
+        {
+            "model": MODEL_KEY,
+            "source": "image, folder, video or camera number; needed",
+            "anomaly": "an anomaly model beside the detector: marks what looks abnormal and no known class explains",
+            "anomaly_conf": "with anomaly=: lowest confidence of such a region; 0.5 is its threshold [0.5]",
+            "anomaly_imgsz": "with anomaly=: its canvas [its own]",
+            "explained": "with anomaly=: share under detections from which a region is explained [0.5]",
+            "min_area": "anomaly models: smallest region in pixels of the image [16 pixels of the canvas]",
+            "save_json": "anomaly models: a JSON file for each image [with anomaly= true, else false]",
+            "trust": TRUST,
+        },
         stock=True,
         example="kd-yolo predict model=runs/detect/train/weights/best.pt source=photos/ imgsz=160",
     ),
@@ -142,6 +192,7 @@ COMMANDS: dict[str, Command] = {
             "nms": "NMS inside the file [false]",
             "nms_free": "export the NMS-free head [false]",
             "data": "data set: images of the parity check; calibration and judging of INT8",
+            "category": "anomaly models: category of data= that the parity check looks at",
             "split": "split that judges INT8 [val]",
             "max_drop": "points of mAP50-95 that INT8 may lose [0.5]",
             "calibration_images": "training images that INT8 looks at",
@@ -161,6 +212,7 @@ COMMANDS: dict[str, Command] = {
             "imgsz": "canvas in pixels, or [height,width] [the files' own]",
             "batch": "images per call [1]",
             "data": "data set: real images and mAP in the same row",
+            "category": "anomaly models: category of data=",
             "split": "split for mAP [val]",
             "rounds": "interleaved rounds",
             "iterations": "timed calls per round",
@@ -190,6 +242,8 @@ COMMANDS: dict[str, Command] = {
         {
             "check data= [imgsz=640] [out=sheet.png]": "find label, image and split errors; draw a contact sheet",
             "convert from=voc|masks|coco|deeppcb src= out=": "bring a published layout into YOLO form",
+            "convert from=classes src= out= [kind=class|defect|folder]": "a folder for each class, for task=classify",
+            "convert from=signals src= out= [sampling_rate_hz=]": "draw WAV, CSV, NPY or MATLAB recordings as pictures",
             "make out= [train=240] [val=60] [test=60] [seed=0]": "write the built-in synthetic steel set",
             "split data= out= [split=0.8/0.1/0.1|kfold:5|FOLDER] [group=REGEX]": "split again, leakage-free",
         },

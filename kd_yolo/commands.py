@@ -5,80 +5,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from kd_yolo.config import Strict, refuse_unknown, split_train_keys, stock_keys, validate
+from kd_yolo.command_keys import BenchmarkKeys, DemoKeys, DeployKeys, ExportKeys
+from kd_yolo.config import refuse_unknown, split_train_keys, stock_keys, validate
 from kd_yolo.errors import ConfigError, DistillationError, nearest
 
 Outcome = tuple[str, Any]
 
 
-class DeployKeys(Strict):
-    """Keys of ``deploy``."""
-
-    model: str = Field(description="checkpoint; give model=FILE")
-    out: str | None = None
-    nms: bool = True
-    trust: bool = False
-
-
-class ExportKeys(Strict):
-    """Keys of ``export``."""
-
-    model: str = Field(description="checkpoint; give model=FILE")
-    format: str = "onnx"
-    imgsz: int | list[int] | None = None
-    batch: int = Field(default=1, ge=1)
-    dynamic: bool = False
-    quantize: Literal[8, 16, 32] | None = None
-    half: bool = False
-    int8: bool = False
-    target: str | None = None
-    nms: bool = False
-    nms_free: bool | None = None
-    opset: int | None = None
-    simplify: bool = True
-    data: str | None = None
-    split: str = "val"
-    max_drop: float = Field(default=0.5, ge=0, le=100)
-    calibration_images: int | None = Field(default=None, ge=8)
-    out: str | None = None
-    trust: bool = False
-
-
-class BenchmarkKeys(Strict):
-    """Keys of ``benchmark``."""
-
-    model: str | list[str] = Field(description="files separated by commas; give model=A,B")
-    imgsz: int | list[int] | None = None
-    batch: int = Field(default=1, ge=1)
-    data: str | None = None
-    split: str = "val"
-    rounds: int | None = Field(default=None, ge=1)
-    iterations: int | None = Field(default=None, ge=1)
-    stream: int | None = Field(default=None, ge=1)
-    threads: int | None = Field(default=None, ge=1)
-    affinity: bool | list[int] | None = None
-    device: str | int = "cpu"
-    targets: str | list[str] | None = None
-    against: str | None = None
-    out: str | None = None
-    trust: bool = False
-
-
-class DemoKeys(Strict):
-    """Keys of ``demo``."""
-
-    project: str = "runs/demo"
-    epochs: int | None = Field(default=None, ge=1, le=1000)
-    model: str | None = None
-    imgsz: int | None = Field(default=None, ge=32)
-
-
 def train(values: Mapping[str, Any]) -> Outcome:
-    """Train, deploy, export and time."""
+    """Train, deploy, export and time; other tasks than detection have handlers of their own."""
+    task = values.get("task") or _task_of_run(values.get("resume"))
+    if task not in TRAINERS:
+        raise ConfigError(f"task={task}: not known{nearest(str(task), TRAINERS)} (known: {', '.join(TRAINERS)})")
+    return TRAINERS[task]({key: value for key, value in values.items() if key != "task"})
+
+
+def _train_detector(values: Mapping[str, Any]) -> Outcome:
     if not values.get("data") and not values.get("resume"):
         raise ConfigError("train needs data=; try data=steel-synth (built in) or data=neu.yaml")
     config, stock, groups = split_train_keys({"data": "resumed", **values})
@@ -90,8 +34,41 @@ def train(values: Mapping[str, Any]) -> Outcome:
     return "\n".join(["", *lines, f"best student: {report.best}", *files]), report.to_dict()
 
 
+def _train_anomaly(values: Mapping[str, Any]) -> Outcome:
+    if not values.get("data") and not values.get("resume"):
+        raise ConfigError("train task=anomaly needs data=; try data=surface-synth (built in) or data=mvtec")
+    from kd_yolo.anomaly.settings import split_anomaly_keys
+
+    config, stock, overrides = split_anomaly_keys({"data": "resumed", **values})
+    from kd_yolo.tasks.anomaly_run import train_anomaly
+
+    report = train_anomaly(config, stock, overrides)
+    files = [f"{name}: {one['best']}" for name, one in report.results.items()]
+    return "\n".join(["", report.to_markdown(), "", *files]), report.to_dict()
+
+
+def _train_classifier(values: Mapping[str, Any]) -> Outcome:
+    if not values.get("data") and not values.get("resume"):
+        raise ConfigError("train task=classify needs data=; try data=knock-synth (built in), data=neu or a folder")
+    from kd_yolo.classify.settings import split_classify_keys
+
+    config, stock, groups = split_classify_keys({"data": "resumed", **values})
+    from kd_yolo.classify.run import train_classify
+
+    report = train_classify(config, stock, groups)
+    return report.to_text(), report.to_dict()
+
+
 def val(values: Mapping[str, Any]) -> Outcome:
     """Validate a checkpoint or an exported file."""
+    if _is_anomaly_model(values):
+        from kd_yolo.inspection.commands import val as run
+
+        return run(values)
+    if _is_classifier(values):
+        from kd_yolo.classify.using import val as run
+
+        return run(values)
     model, rest = _model_and_rest(values, "val", needs="data")
     metrics = model.val(**rest)
     content = {"model": str(values["model"]), **{k: float(v) for k, v in metrics.results_dict.items()}}
@@ -101,7 +78,15 @@ def val(values: Mapping[str, Any]) -> Outcome:
 
 
 def predict(values: Mapping[str, Any]) -> Outcome:
-    """Detect in images."""
+    """Detect in images, or inspect them with an anomaly model."""
+    if values.get("anomaly") not in (None, "") or _is_anomaly_model(values):
+        from kd_yolo.inspection.commands import predict as run
+
+        return run(values)
+    if _is_classifier(values):
+        from kd_yolo.classify.using import predict as run
+
+        return run(values)
     model, rest = _model_and_rest(values, "predict", needs="source")
     source = rest.pop("source")
     if isinstance(source, str) and "://" not in source and "*" not in source and not Path(source).exists():
@@ -123,6 +108,20 @@ def predict(values: Mapping[str, Any]) -> Outcome:
 def deploy(values: Mapping[str, Any]) -> Outcome:
     """Write the merged checkpoint."""
     keys = _keys(DeployKeys, values, "deploy")
+    from kd_yolo.anomaly.checkpoint import is_anomaly
+    from kd_yolo.classify.checkpoints import is_classifier
+
+    if is_anomaly(keys.model):
+        raise ConfigError(
+            f"model={keys.model}: an anomaly model runs as it is and is merged by export; leave deploy out"
+        )
+    if is_classifier(keys.model):
+        from kd_yolo.classify.deploy import deploy_classifier
+
+        if not keys.nms:
+            raise ConfigError("nms=false: a classifier has no NMS; leave nms out")
+        merged = deploy_classifier(keys.model, out=keys.out, trust=keys.trust)
+        return merged.to_text(), merged.to_dict()
     from kd_yolo.deploy import deploy as run
 
     report = run(Path(keys.model), out=Path(keys.out) if keys.out else None, nms=keys.nms, trust=keys.trust)
@@ -132,11 +131,11 @@ def deploy(values: Mapping[str, Any]) -> Outcome:
 def export(values: Mapping[str, Any]) -> Outcome:
     """Export to another runtime, with the parity gate."""
     keys = _keys(ExportKeys, values, "export")
-    from kd_yolo.data.datasets import resolve_dataset
+    from kd_yolo.anomaly.checkpoint import is_anomaly
     from kd_yolo.export import export as run
 
     given = keys.model_dump(exclude={"model", "format", "data", "out"}, exclude_none=True)
-    data = str(resolve_dataset(keys.data)) if keys.data else None
+    data = _data(keys.data, is_anomaly(keys.model))
     out = Path(keys.out) if keys.out else None
     report = run(Path(keys.model), format=keys.format, data=data, out=out, **given)
     return report.to_text(), report.to_dict()
@@ -146,12 +145,13 @@ def benchmark(values: Mapping[str, Any]) -> Outcome:
     """Time and judge several files."""
     keys = _keys(BenchmarkKeys, values, "benchmark")
     from kd_yolo.bench import benchmark as run
-    from kd_yolo.data.datasets import resolve_dataset
+    from kd_yolo.bench.runners import parse_choice
+    from kd_yolo.runtimes.anomaly_session import is_anomaly_file
 
     given = keys.model_dump(exclude={"model", "data", "out", "device", "targets"}, exclude_none=True)
     models = _words(keys.model)
     given |= {"targets": _words(keys.targets)} if keys.targets else {}
-    data = str(resolve_dataset(keys.data)) if keys.data else None
+    data = _data(keys.data, any(is_anomaly_file(parse_choice(one).path) for one in models))
     out = Path(keys.out) if keys.out else None
     report = run(models, data=data, out=out, device=str(keys.device), **given)
     return report.to_markdown(), report.to_dict()
@@ -202,6 +202,15 @@ def _keys(schema: Any, values: Mapping[str, Any], command: str) -> Any:
     return validate(schema, plain, where=command)
 
 
+def _data(data: str | None, anomaly: bool) -> str | None:
+    """Return what ``data=`` stands for; anomaly data is resolved where its category is known."""
+    if data is None or anomaly:
+        return data
+    from kd_yolo.data.datasets import resolve_dataset
+
+    return str(resolve_dataset(data))
+
+
 def _words(value: str | list[str] | None) -> list[str]:
     """Return the words of ``a,b`` or ``[a, b]``."""
     return [str(v) for v in value] if isinstance(value, list) else [v.strip() for v in (value or "").split(",") if v]
@@ -221,11 +230,43 @@ def _model_and_rest(values: Mapping[str, Any], command: str, needs: str) -> tupl
     return KDYOLO(str(values["model"]), trust=trust), rest
 
 
+def _is_anomaly_model(values: Mapping[str, Any]) -> bool:
+    """Return whether ``model=`` is an anomaly model or the folder of a run that left some."""
+    if values.get("model") in (None, ""):
+        return False
+    from kd_yolo.inspection.origin import is_anomaly_model
+
+    return is_anomaly_model(str(values["model"]))
+
+
+def _is_classifier(values: Mapping[str, Any]) -> bool:
+    if values.get("model") in (None, ""):
+        return False
+    from kd_yolo.classify.checkpoints import is_classifier
+
+    return is_classifier(str(values["model"]))
+
+
+def _task_of_run(resume: Any) -> str:
+    """Return the task of the run that ``resume=FOLDER`` names; detection where nothing says otherwise."""
+    if not isinstance(resume, str):
+        return "detect"
+    from kd_yolo.resources import load_yaml
+
+    path = Path(resume).expanduser().absolute()
+    plan = next((folder / "run.yaml" for folder in (path, *path.parents[:3]) if (folder / "run.yaml").is_file()), None)
+    return str(load_yaml(plan).get("task", "detect")) if plan else "detect"
+
+
 def _map50(metrics: Mapping[str, float]) -> float:
     return float(metrics.get("metrics/mAP50(B)", float("nan")))
 
 
+TRAINERS = {"detect": _train_detector, "anomaly": _train_anomaly, "classify": _train_classifier}
+"""What ``train`` does for each ``task=``."""
+
 __all__ = [
+    "TRAINERS",
     "benchmark",
     "compare",
     "data",

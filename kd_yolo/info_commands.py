@@ -28,8 +28,10 @@ def models(values: Mapping[str, Any]) -> Outcome:
         for row in rows
     ]
     head = f"{'model':<12} {'deployed':>9} {'convs':>9} {'GFLOPs@224':>12} {'in training':>12}"
-    note = "6 classes. Any Ultralytics detector works too: model=yolo26n.pt reparam=qarep"
-    return "\n".join([head, *lines, "", note]), {"models": rows}
+    others = {f"task={task}": builtin_names(f"models/{task}") for task in ("anomaly", "classify")}
+    notes = ["6 classes. Any Ultralytics detector works too: model=yolo26n.pt reparam=qarep"]
+    notes += [f"{task}: {', '.join(names)}" for task, names in others.items()]
+    return "\n".join([head, *lines, "", *notes]), {"models": rows, **others}
 
 
 def methods(values: Mapping[str, Any]) -> Outcome:
@@ -39,6 +41,7 @@ def methods(values: Mapping[str, Any]) -> Outcome:
 
     from kd_yolo.distill.base import list_methods, load_method
     from kd_yolo.measured import measured_methods
+    from kd_yolo.resources import builtin_names
 
     rows: list[dict[str, Any]] = [{"method": "none", "summary": "No distillation: labels only.", "args": {}}]
     for name in list_methods():
@@ -59,7 +62,9 @@ def methods(values: Mapping[str, Any]) -> Outcome:
             lines.append(" " * 15 + ", ".join(f"kd.{key}={value}" for key, value in row["args"].items()))
     settings = {"gain": measured.gain_setting, "cost": measured.cost_setting}
     notes = [f"{name}: {text}" for name, text in settings.items()]
-    return "\n".join([*lines, "", *notes]), {"methods": rows, "setting": settings}
+    classify = builtin_names("methods/classify")
+    notes.append(f"task=classify: {', '.join(classify)}")
+    return "\n".join([*lines, "", *notes]), {"methods": rows, "setting": settings, "task=classify": classify}
 
 
 def targets(values: Mapping[str, Any]) -> Outcome:

@@ -16,10 +16,12 @@ import pytest
 from pydantic import BaseModel
 
 import kd_yolo
-from kd_yolo import commands, data_commands
+from kd_yolo import command_keys, commands, data_commands
+from kd_yolo.classify.convert import ClassesKeys
 from kd_yolo.cli import INTERRUPTED, main
 from kd_yolo.command_table import COMMANDS
 from kd_yolo.config import REPLACED_KEYS, TrainConfig, stock_keys
+from kd_yolo.data.signals import SignalsKeys
 from kd_yolo.resources import builtin_names
 
 HEAVY = ("torch", "ultralytics", "cv2", "numpy", "matplotlib", "onnx", "onnxruntime")
@@ -27,9 +29,9 @@ HELP_CPU_S = 0.3
 
 SCHEMAS: dict[str, type[BaseModel]] = {
     "train": TrainConfig,
-    "deploy": commands.DeployKeys,
-    "export": commands.ExportKeys,
-    "benchmark": commands.BenchmarkKeys,
+    "deploy": command_keys.DeployKeys,
+    "export": command_keys.ExportKeys,
+    "benchmark": command_keys.BenchmarkKeys,
 }
 DATA_SCHEMAS: dict[str, type[BaseModel]] = {
     "check": data_commands.CheckKeys,
@@ -37,6 +39,7 @@ DATA_SCHEMAS: dict[str, type[BaseModel]] = {
     "make": data_commands.MakeKeys,
     "split": data_commands.SplitKeys,
 }
+CONVERTERS: dict[str, type[BaseModel]] = {"from=signals": SignalsKeys, "from=classes": ClassesKeys}
 
 
 def run(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -89,18 +92,22 @@ def test_help__of_a_command_lists_its_keys(name: str, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("name", list(SCHEMAS))
 def test_help__keys_are_those_that_the_command_takes(name: str) -> None:
-    shown = {key for key in COMMANDS[name].keys if not key.endswith(".NAME")}
+    shown = {key for key in COMMANDS[name].keys if not key.endswith(".NAME")} - {"task"}  # it chooses the schema
     assert shown == keys_of(SCHEMAS[name])
 
 
-@pytest.mark.parametrize("word", list(DATA_SCHEMAS))
-def test_help__data_words_show_keys_that_they_take(word: str) -> None:
-    assert set(DATA_SCHEMAS) == set(data_commands.SUBCOMMANDS)
-    (usage,) = [key for key in COMMANDS["data"].keys if key.split()[0] == word]
+@pytest.mark.parametrize("usage", COMMANDS["data"].keys)
+def test_help__data_words_show_keys_that_they_take(usage: str) -> None:
+    word, first, *_ = usage.split()
+    schema = CONVERTERS.get(first) or DATA_SCHEMAS[word]
     shown = set(re.findall(r"(\w+)=", usage))
-    schema = DATA_SCHEMAS[word]
     assert shown <= keys_of(schema), f"data {word} does not take {shown - keys_of(schema)}"
     assert {field.alias or name for name, field in schema.model_fields.items() if field.is_required()} <= shown
+
+
+def test_help__data_shows_every_word() -> None:
+    words = [usage.split()[0] for usage in COMMANDS["data"].keys]
+    assert set(words) == set(DATA_SCHEMAS) == set(data_commands.SUBCOMMANDS)
 
 
 def test_help__demo_keys_reach_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,12 @@ import pytest
 from pydantic import BaseModel
 
 from kd_yolo import data_commands
-from kd_yolo.command_table import COMMANDS
+from kd_yolo.classify.convert import ClassesKeys
+from kd_yolo.cli import command_help
+from kd_yolo.command_table import COMMANDS, TASK_CONFIGS
 from kd_yolo.compare.settings import split_compare_keys
 from kd_yolo.config import REPLACED_KEYS, parse_pairs, split_train_keys, stock_keys
+from kd_yolo.data.signals import SignalsKeys
 from kd_yolo.errors import ConfigError
 from kd_yolo.measured import measured_methods
 from kd_yolo.resources import builtin_root, find
@@ -28,20 +31,67 @@ DATA_SCHEMAS: dict[str, type[BaseModel]] = {
     "make": data_commands.MakeKeys,
     "split": data_commands.SplitKeys,
 }
+CONVERTERS: dict[str, type[BaseModel]] = {"from=signals": SignalsKeys, "from=classes": ClassesKeys}
 
 
 # ---- shipped YAML ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=[f"{path.parent.name}/{path.stem}" for path in YAMLS])
+@pytest.mark.parametrize("path", YAMLS, ids=[path.relative_to(builtin_root()).as_posix() for path in YAMLS])
 def test_yaml__every_shipped_file_is_valid(path: Path) -> None:
-    if path.parent.name == "measured":
+    kind = path.parent.relative_to(builtin_root()).as_posix()
+    if kind == "measured":
         assert measured_methods().methods
         return
-    assert find(path.parent.name, path.stem) == path
-    {"models": check_model, "methods": check_method, "datasets": check_dataset, "targets": check_target}[
-        path.parent.name
-    ](path)
+    if "/" not in kind:
+        assert find(kind, path.stem) == path
+    {
+        "models": check_model,
+        "models/anomaly": check_anomaly_model,
+        "models/classify": check_classifier,
+        "methods": check_method,
+        "methods/classify": check_classify_method,
+        "datasets": check_dataset,
+        "datasets/anomaly": check_anomaly_dataset,
+        "targets": check_target,
+    }[kind](path)
+
+
+def check_anomaly_model(path: Path) -> None:
+    from kd_yolo.anomaly.spec import load_spec, preset_names
+
+    assert load_spec(path.stem) == load_spec(path)
+    assert path.stem in preset_names()
+
+
+def check_anomaly_dataset(path: Path) -> None:
+    from kd_yolo.anomaly.layouts import describe_anomaly_datasets
+
+    assert describe_anomaly_datasets()[path.stem]
+
+
+def check_classifier(path: Path) -> None:
+    from ultralytics.nn.modules import Classify
+
+    from kd_yolo.classify.student import build_classifier, model_dictionary
+
+    head = build_classifier(model_dictionary(path.stem), nc=3).model[-1]
+    assert type(head) is Classify
+    assert head.linear.out_features == 3
+
+
+def check_classify_method(path: Path) -> None:
+    from kd_yolo.classify.methods import list_methods, parse_args
+    from kd_yolo.config import MethodFile, validate
+    from kd_yolo.distill.schedule import Schedule
+    from kd_yolo.resources import load_yaml
+
+    method = validate(MethodFile, load_yaml(path), where=str(path))
+    assert method.name == path.stem
+    assert validate(Schedule, method.schedule, where=str(path)).active_epochs(epochs=100, close_mosaic=0) >= 1
+    if method.name != "none":
+        assert method.name in list_methods()
+        assert parse_args(method.name, method.args) == parse_args(method.name, {})
 
 
 def check_model(path: Path) -> None:
@@ -133,7 +183,7 @@ def check_line(line: str) -> None:
         word = words.pop(0)
         if word not in DATA_SCHEMAS:
             raise ConfigError(f"unknown word '{word}'")
-        schema = DATA_SCHEMAS[word]
+        schema = next((CONVERTERS[one] for one in words if one in CONVERTERS), DATA_SCHEMAS[word])
     values = parse_pairs(words)
     values.pop("json", None)
     if name == "train":
@@ -154,14 +204,41 @@ def check_train(values: Mapping[str, Any]) -> None:
 
     if not values.get("data") and not values.get("resume"):
         raise ConfigError("train needs data=")
+    if values.get("task") in {"anomaly", "classify"}:
+        check_other_task({"data": "resumed", **values})
+        return
     config, stock, groups = split_train_keys({"data": "resumed", **values})
     if config.method in {*list_methods(), "none"}:
         resolve_method(config, groups, stock)
 
 
+def check_other_task(values: Mapping[str, Any]) -> None:
+    from kd_yolo.anomaly.settings import split_anomaly_keys
+    from kd_yolo.anomaly.spec import load_spec
+    from kd_yolo.classify.methods import list_methods
+    from kd_yolo.classify.settings import resolve_method, split_classify_keys
+
+    if values["task"] == "anomaly":
+        config, _, overrides = split_anomaly_keys(values)
+        load_spec(config.model, overrides)
+        return
+    chosen, stock, groups = split_classify_keys(values)
+    if chosen.method_name in {*list_methods(), "none"}:
+        resolve_method(chosen, groups, stock)
+
+
 @pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.example])
 def test_help__examples_parse(name: str) -> None:
     check_line(COMMANDS[name].example)
+
+
+@pytest.mark.parametrize("task", TASK_CONFIGS)
+def test_help__examples_of_tasks_parse_and_name_their_keys(task: str) -> None:
+    check_line(TASK_CONFIGS[task].example)
+    text = command_help("train", task)
+    assert f"usage: kd-yolo train task={task}" in text
+    assert "  data " in text
+    assert "  teacher " in text
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -188,6 +265,13 @@ def test_docs__show_every_command() -> None:
         "kd-yolo train data=steel-synth kd.tua=2",
         "kd-yolo train data=steel-synth schedule.warmpu=0.1",
         "kd-yolo train model=lightnet-n",
+        "kd-yolo train task=anomaly data=mvtec mosaic=1",
+        "kd-yolo train task=anomaly data=mvtec kd.fuze=mean",
+        "kd-yolo train task=anomaly data=mvtec model=hkp",
+        "kd-yolo train task=classify data=neu teacher=t.pt kd.tua=2",
+        "kd-yolo data convert from=signals src=a out=b window=0.1",
+        "kd-yolo data convert from=classes src=a out=b min_area=3",
+        "kd-yolo predict model=det.pt anomoly=hkt.pt source=photos",
         "kd-yolo train data=steel-synth distill_model=t.pt",
         "kd-yolo val model=best.pt data=neu task=segment",
         "kd-yolo deploy model=best.pt imgsz=64",

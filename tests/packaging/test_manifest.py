@@ -32,15 +32,17 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"config", "checkpoints", "provenance", "devices"}),
     frozenset({"data", "nn", "targets", "measured"}),
     frozenset({"images", "inference"}),  # what a detector looks at, and what it says
+    frozenset({"anomaly"}),  # networks, data and metrics of task=anomaly; used by what runs, times and exports them
     frozenset({"runtimes"}),  # what runs an exported file
     frozenset({"bench"}),
     frozenset({"distill"}),
     frozenset({"tasks"}),
-    frozenset({"deploy"}),
+    frozenset({"deploy", "classify"}),
     frozenset({"export"}),  # what is exported is the deployed form
     frozenset({"training"}),
     frozenset({"api", "doctor", "data_commands", "compare"}),
-    frozenset({"demo"}),
+    frozenset({"inspection"}),  # judging and looking at images with anomaly models, beside detectors or alone
+    frozenset({"demo", "command_keys"}),
     frozenset({"commands", "info_commands", "command_table"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),

@@ -1,0 +1,109 @@
+"""HKT and HKT+ against a same-layer student (as STFPM), over categories and seeds: one table, resumable.
+
+    python benchmarks/anomaly_table.py data=mvtec,mvtec,magnetic-tile category=transistor,screw,all epochs=40,30,12
+
+Every run is a plain ``kd-yolo train task=anomaly`` in ``project``; a run that is finished is not repeated. The test
+images are judged once a run and choose nothing: checkpoint and thresholds come from held-out normal images.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kd_yolo.config import parse_pairs
+from kd_yolo.files import write_json, write_text
+from kd_yolo.tables import markdown_table
+
+HERE = Path(__file__).resolve().parent / "anomaly_table"
+METRICS = {
+    "image AUROC": "metrics/image_auroc",
+    "pixel AUROC": "metrics/pixel_auroc",
+    "AUPRO@0.3": "metrics/aupro",
+}
+KNOWN = ("data", "category", "epochs", "models", "seeds", "project", "out", "imgsz", "batch", "threads")
+Row = dict[str, Any]
+
+
+def main(words: Sequence[str]) -> int:
+    """Train what is missing, then write the table."""
+    keys = {
+        "models": "same-layer,hkt,hkt-plus",
+        "seeds": "0,1,2",
+        "project": "runs/anomaly-table",
+        "out": str(HERE),
+        "imgsz": 256,
+        "batch": 16,
+        **parse_pairs(words),
+    }
+    unknown = [key for key in keys if key not in KNOWN]
+    if unknown or not {"data", "category", "epochs"} <= set(keys):
+        print(__doc__, f"unknown: {unknown}" if unknown else "", file=sys.stderr)
+        return 2
+    rows = [row for row in (_run(keys, *one) for one in _grid(keys)) if row]
+    out = Path(str(keys["out"]))
+    write_json(out / "runs.json", rows)
+    write_text(out / "table.md", _table(rows) + "\n")
+    print(_table(rows))
+    return 0
+
+
+def _grid(keys: dict[str, Any]) -> Iterator[tuple[str, str, int, str, int]]:
+    places = list(zip(*(_list(keys[name]) for name in ("data", "category", "epochs")), strict=True))
+    for data, category, epochs in places:
+        for seed in _list(keys["seeds"]):
+            for model in _list(keys["models"]):
+                yield data, category, int(epochs), model, int(seed)
+
+
+def _run(keys: dict[str, Any], data: str, category: str, epochs: int, model: str, seed: int) -> Row | None:
+    """Return the row of one run, which is trained unless it is there."""
+    name = f"{data}-{category}-{model}-e{epochs}-s{seed}"
+    folder = Path(str(keys["project"])) / name
+    if not (folder / "report.json").is_file():
+        program = [sys.executable, "-m", "kd_yolo", "train", "task=anomaly"]
+        if (folder / "run.yaml").is_file():
+            given = [f"resume={folder}"]
+        else:
+            given = [f"data={data}", f"category={category}", f"model={model}", f"epochs={epochs}", f"seed={seed}"]
+            given += [f"imgsz={keys['imgsz']}", f"batch={keys['batch']}", f"project={folder.parent}", f"name={name}"]
+        print(" ".join(["kd-yolo", *program[3:], *given]), flush=True)
+        done = subprocess.run([*program, *given, "verbose=false"] if "resume" not in given[0] else [*program, *given])
+        if done.returncode:
+            print(f"{name}: ended with {done.returncode}", file=sys.stderr)
+            return None
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    (result,) = report["categories"].values()
+    row: Row = {"data": data, "category": result["category"], "model": model, "seed": seed, "epochs": epochs}
+    return {**row, "imgsz": keys["imgsz"], "train_s": result["seconds"], **result["metrics"]}
+
+
+def _table(rows: Sequence[Row]) -> str:
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((str(row["category"]), str(row["model"]), int(row["epochs"])), []).append(row)
+    body = []
+    for (category, model, epochs), members in groups.items():
+        cells = [_mean(members, key, 100) for key in METRICS.values()]
+        minutes = statistics.median(row["train_s"] for row in members) / 60
+        body.append([category, model, str(epochs), str(len(members)), *cells, f"{minutes:.1f}"])
+    return markdown_table(["category", "model", "epochs", "seeds", *METRICS, "minutes a run"], body)
+
+
+def _mean(rows: Sequence[Row], key: str, scale: float) -> str:
+    values = [scale * row[key] for row in rows]
+    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.1f} ± {spread:.1f}"
+
+
+def _list(value: Any) -> list[str]:
+    return [str(one).strip() for one in (value if isinstance(value, list) else str(value).split(","))]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
