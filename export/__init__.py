@@ -13,6 +13,7 @@ from kd_yolo.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from kd_yolo.export.anomaly_report import AnomalyExportReport
+    from kd_yolo.export.classifier import ClassifyExportReport
     from kd_yolo.export.report import ExportReport
 
 __all__ = ["FORMATS", "ExportReport", "export"]
@@ -29,10 +30,11 @@ def export(
     half: bool | None = None,
     int8: bool | None = None,
     **arguments: Any,
-) -> ExportReport | AnomalyExportReport:
+) -> ExportReport | AnomalyExportReport | ClassifyExportReport:
     """Deploy a checkpoint, export it, and prove the artifact equal to the unfused float32 model.
 
-    An anomaly checkpoint is exported as ``kd_yolo.export.anomaly.export_anomaly`` says.
+    An anomaly checkpoint is exported as ``kd_yolo.export.anomaly.export_anomaly`` says, a classifier as
+    ``kd_yolo.export.classifier.export_classifier`` does.
 
     Args:
         model: A trained or deployed checkpoint.
@@ -64,16 +66,21 @@ def export(
 
 def _export(
     model: str | Path, format: str, quantize: int | None, arguments: dict[str, Any]
-) -> ExportReport | AnomalyExportReport:
-    """Export an anomaly model or a detector."""
+) -> ExportReport | AnomalyExportReport | ClassifyExportReport:
+    """Export an anomaly model, a classifier or a detector."""
     from kd_yolo.export.job import make_job
 
     from kd_yolo.anomaly.checkpoint import is_anomaly
+    from kd_yolo.classify.checkpoints import is_classifier
 
     if is_anomaly(model):
         from kd_yolo.export.anomaly import export_with_keys
 
         return export_with_keys(model, format, quantize, arguments)
+    if is_classifier(model):
+        from kd_yolo.export.classifier import export_classifier
+
+        return export_classifier(model, format, quantize, arguments)
     known = inspect.signature(make_job).parameters
     for key in arguments:
         if key not in known:

@@ -11,6 +11,7 @@ from ultralytics.models.yolo.detect import DetectionPredictor
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG_DICT
 
+from kd_yolo.anomaly.checkpoint import is_anomaly
 from kd_yolo.checkpoints import load_model
 from kd_yolo.config import split_train_keys
 from kd_yolo.data.datasets import resolve_dataset
@@ -71,6 +72,8 @@ class KDYOLO(YOLO):
         name = str(model)
         self._trust = trust
         path = Path(name)
+        if is_anomaly(path):
+            raise CheckpointError(f"{name}: is an anomaly model; use kd_yolo.inspection, see the page on Python")
         if name.endswith(".pt"):
             load_model(name, trust=trust)  # refuses what must not be unpickled; the parent class loads it again
         elif name in builtin_names("models"):
