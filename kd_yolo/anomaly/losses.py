@@ -38,19 +38,37 @@ def scaled_discrepancy(a: Tensor, b: Tensor, eps: float = EPS) -> Tensor:
     return 1 - dot / (norms + eps).sqrt()
 
 
-def level_distance(own: Tensor, target: Tensor, factor: int) -> Tensor:
+def squared_difference(a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean over channels of (a - b) ** 2 at every position, for maps that are scaled by C ** -0.5.
+
+    As in EfficientAD (Batzner, Heckler, Koenig, WACV 2024, section 3.2). Unlike the angle it is small where a
+    standardised target is near zero, which is what a large plain background looks like: there the angle is noise.
+
+    Args:
+        a: Feature map (B, C, h, w), times C ** -0.5.
+        b: Feature map of the same shape, scaled so too.
+
+    Returns:
+        (B, 1, h, w).
+    """
+    return (a - b).square().sum(1, keepdim=True)
+
+
+def level_distance(own: Tensor, target: Tensor, factor: int, kind: str = "cosine") -> Tensor:
     """Return the distance of two scaled maps at the finer one's positions, in float32 or better under autocast too.
 
     Args:
         own: (B, C, h, w), scaled by C ** -0.5.
         target: (B, C, h / factor, w / factor), scaled so too.
         factor: By how much the target is enlarged.
+        kind: ``cosine``: 1 - cos; ``squared``: mean squared difference of the channels.
 
     Returns:
         (B, 1, h, w).
     """
+    measure = squared_difference if kind == "squared" else scaled_discrepancy
     with torch.autocast(own.device.type, enabled=False):
-        return scaled_discrepancy(at_least_float32(own), upsample(at_least_float32(target), factor))
+        return measure(at_least_float32(own), upsample(at_least_float32(target), factor))
 
 
 def reduce_positions(distances: Tensor, hard_quantile: float | None = None) -> Tensor:
