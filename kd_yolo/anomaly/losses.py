@@ -31,44 +31,41 @@ def discrepancy(a: Tensor, b: Tensor, eps: float = EPS) -> Tensor:
     return scaled_discrepancy(a * scale, b * scale, eps)
 
 
-def scaled_discrepancy(a: Tensor, b: Tensor, eps: float = EPS) -> Tensor:
-    """Return ``discrepancy`` of maps that are scaled by C ** -0.5 already, (B, 1, h, w)."""
-    dot = (a * b).sum(1, keepdim=True)
-    norms = a.square().sum(1, keepdim=True) * b.square().sum(1, keepdim=True)
-    return 1 - dot / (norms + eps).sqrt()
+def scaled_discrepancy(a: Tensor, b: Tensor, eps: float = EPS, floor: float = 0.0) -> Tensor:
+    """Return ``discrepancy`` of maps that are scaled by C ** -0.5 already, both with one more, constant channel.
 
-
-def squared_difference(a: Tensor, b: Tensor) -> Tensor:
-    """Return the mean over channels of (a - b) ** 2 at every position, for maps that are scaled by C ** -0.5.
-
-    As in EfficientAD (Batzner, Heckler, Koenig, WACV 2024, section 3.2). Unlike the angle it is small where a
-    standardised target is near zero, which is what a large plain background looks like: there the angle is noise.
+    Standardised targets are near zero over whatever is commonest in the images, such as a plain background, and the
+    angle of a vector near zero is noise. The constant channel takes the noise out of it: with a small floor only there,
+    with a large one the distance becomes the squared difference over 2 floor (our choice).
 
     Args:
         a: Feature map (B, C, h, w), times C ** -0.5.
         b: Feature map of the same shape, scaled so too.
+        eps: Added under the root.
+        floor: Square of the constant channel; a standardised target has a mean square of 1.
 
     Returns:
-        (B, 1, h, w).
+        (B, 1, h, w), in 0..2.
     """
-    return (a - b).square().sum(1, keepdim=True)
+    dot = (a * b).sum(1, keepdim=True) + floor
+    norms = (a.square().sum(1, keepdim=True) + floor) * (b.square().sum(1, keepdim=True) + floor)
+    return 1 - dot / (norms + eps).sqrt()
 
 
-def level_distance(own: Tensor, target: Tensor, factor: int, kind: str = "cosine") -> Tensor:
+def level_distance(own: Tensor, target: Tensor, factor: int, floor: float = 0.0) -> Tensor:
     """Return the distance of two scaled maps at the finer one's positions, in float32 or better under autocast too.
 
     Args:
         own: (B, C, h, w), scaled by C ** -0.5.
         target: (B, C, h / factor, w / factor), scaled so too.
         factor: By how much the target is enlarged.
-        kind: ``cosine``: 1 - cos; ``squared``: mean squared difference of the channels.
+        floor: See ``scaled_discrepancy``.
 
     Returns:
         (B, 1, h, w).
     """
-    measure = squared_difference if kind == "squared" else scaled_discrepancy
     with torch.autocast(own.device.type, enabled=False):
-        return measure(at_least_float32(own), upsample(at_least_float32(target), factor))
+        return scaled_discrepancy(at_least_float32(own), upsample(at_least_float32(target), factor), floor=floor)
 
 
 def reduce_positions(distances: Tensor, hard_quantile: float | None = None) -> Tensor:

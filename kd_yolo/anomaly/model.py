@@ -275,8 +275,8 @@ class AnomalyModel(nn.Module):
 
     def _cross_distance(self, stride: int, feature: Tensor, goals: Mapping[str, Tensor]) -> Tensor:
         """Return d(Q_l(S_l), up(Z)) of one level, or d(S_l, up(P_l(Z))) with projectors on the teacher's side."""
-        own, target = self.cross_pair(stride, feature, goals)
-        return level_distance(own, target, self.spec.target_stride(stride) // stride, self.spec.distance)
+        factor = self.spec.target_stride(stride) // stride
+        return level_distance(*self.cross_pair(stride, feature, goals), factor, self.spec.floor)
 
     def cross_pair(self, stride: int, feature: Tensor, goals: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the two maps that a level compares, each at its own resolution, scaled by C ** -0.5.
@@ -296,5 +296,5 @@ class AnomalyModel(nn.Module):
 
     def _same_distance(self, stride: int, feature: Tensor, goals: Mapping[str, Tensor]) -> Tensor:
         """Return d(R_l(S_l), T_l) of one level."""
-        goal = goals[f"s{stride}"]
-        return level_distance(self.anchors[f"s{stride}"](feature), goal * goal.shape[1] ** -0.5, 1, self.spec.distance)
+        own, goal = self.anchors[f"s{stride}"](feature), goals[f"s{stride}"]
+        return level_distance(own, goal * goal.shape[1] ** -0.5, 1, self.spec.floor)

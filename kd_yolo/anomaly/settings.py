@@ -56,6 +56,9 @@ class AnomalyConfig(Strict):
     teacher: str | None = Field(default=None, min_length=1, description="pretrained backbone; default: the model's")
     holdout: float = Field(default=0.1, gt=0, lt=0.5, description="share of the normals kept for calibration")
     flips: bool = Field(default=False, description="mirror the training images at random")
+    brightness: float = Field(
+        default=0.0, ge=0, lt=1, description="change the training images' brightness by up to this share"
+    )
     trust: bool = Field(default=False, description="load foreign pickled classes from the teacher's file")
     resume: bool | str = Field(default=False, description="continue the last unfinished run, or the run in this folder")
 
@@ -86,7 +89,7 @@ def split_anomaly_keys(values: Mapping[str, Any]) -> tuple[AnomalyConfig, dict[s
         elif key in stock_keys():
             raise ConfigError(f"'{key}' has no meaning with task=anomaly; leave it out")
         else:
-            known = [*AnomalyConfig.model_fields, *PASSED_ON, "kd.same", "kd.fuse", "kd.cbam", "kd.student"]
+            known = [*AnomalyConfig.model_fields, *PASSED_ON, "kd.same", "kd.floor", "kd.fuse", "kd.cbam", "kd.student"]
             raise ConfigError(f"unknown key '{key}'{nearest(key, known)} (kd-yolo train task=anomaly --help lists all)")
     _check_stock(stock)
     return validate(AnomalyConfig, own), stock, overrides

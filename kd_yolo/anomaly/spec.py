@@ -39,8 +39,8 @@ class AnomalySpec(Strict):
     )
     cross: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="weight of the cross-layer loss")
     same: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="weight of the same-layer loss")
-    distance: Literal["squared", "cosine"] = Field(
-        default="squared", description="of student and target at a position: mean squared difference, or 1 - cosine"
+    floor: float = Field(
+        default=0.0, ge=0, le=100, allow_inf_nan=False, description="constant in the cosine; 0: none, large: squares"
     )
     hard_quantile: float | None = Field(
         default=None, gt=0, lt=1, description="average only the worst positions, for example 0.999"

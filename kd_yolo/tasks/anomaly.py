@@ -8,6 +8,7 @@ checkpoints are plain data.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,34 @@ from kd_yolo.tasks.exact_resume import (
 )
 
 MEAN_STRIDE = 32
+
+
+@dataclass(frozen=True)
+class Views:
+    """How training images are varied from epoch to epoch.
+
+    Attributes:
+        flips: Mirror each image with probability one half in each direction.
+        brightness: Largest relative change of brightness, 0..1.
+    """
+
+    flips: bool = False
+    brightness: float = 0.0
+
+    @property
+    def any(self) -> bool:
+        """Whether images change at all."""
+        return self.flips or self.brightness > 0
+
+    def vary(self, images: Tensor) -> Tensor:
+        """Return varied images (B, 3, H, W) in [0, 1]; random numbers come from torch's global stream."""
+        for axis in (-1, -2) if self.flips else ():
+            chosen = (torch.rand(len(images)) < 0.5).to(images.device)
+            images = torch.where(chosen[:, None, None, None], images.flip(axis), images)
+        if self.brightness > 0:
+            gains = 1 + self.brightness * (2 * torch.rand(len(images), 1, 1, 1) - 1)
+            images = (images * gains.to(images.device)).clamp(0, 1)
+        return images
 
 
 class TrainingStep(nn.Module):
@@ -89,7 +118,7 @@ class AnomalyTrainer(BaseTrainer):
         net: The model, untrained.
         train: Normal images.
         held_out: Normal images that choose the checkpoint and calibrate it.
-        flips: Mirror training images at random.
+        views: How training images are varied; without it the teacher's answers are computed once.
         overrides: Stock training arguments; ``resume`` is true to go on from ``weights/last.pt``.
     """
 
@@ -98,10 +127,11 @@ class AnomalyTrainer(BaseTrainer):
         net: AnomalyModel,
         train: list[AnomalySample],
         held_out: list[AnomalySample],
-        flips: bool,
+        views: Views,
         overrides: dict[str, Any],
     ) -> None:
-        self._net, self._samples, self._flips = net, {"train": train, "val": held_out}, flips
+        self._net, self._samples = net, {"train": train, "val": held_out}
+        self._views = views
         self._targets: dict[str, dict[str, Tensor]] = {}
         self._resume_state: dict[str, Any] | None = None
         self.steps_since_update, self.unlabeled = 0, None  # read by exact_resume
@@ -147,8 +177,8 @@ class AnomalyTrainer(BaseTrainer):
         known = self._targets.get("val" if held_out else "train")
         if known:
             prepared["targets"] = {name: rows[batch["index"]].to(self.device) for name, rows in known.items()}
-        elif not held_out and self._flips:
-            prepared["img"] = _flipped(prepared["img"])
+        elif not held_out:
+            prepared["img"] = self._views.vary(prepared["img"])
         return prepared
 
     def progress_string(self) -> str:
@@ -209,7 +239,7 @@ class AnomalyTrainer(BaseTrainer):
         net = self._net.to(self.device)
         if which == "train":
             net.fit_targets(self._batches(loader))
-        if which == "train" and self._flips:
+        if which == "train" and self._views.any:
             return
         parts = [net.targets(images) for images in self._batches(loader)]
         self._targets[which] = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
@@ -217,11 +247,3 @@ class AnomalyTrainer(BaseTrainer):
     def _batches(self, loader: Any) -> Iterator[Tensor]:
         for batch in loader:
             yield batch["img"].to(self.device).float() / 255
-
-
-def _flipped(images: Tensor) -> Tensor:
-    """Mirror each image with probability one half in each direction."""
-    for axis in (-1, -2):
-        chosen = (torch.rand(len(images)) < 0.5).to(images.device)
-        images = torch.where(chosen[:, None, None, None], images.flip(axis), images)
-    return images

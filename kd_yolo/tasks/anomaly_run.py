@@ -28,7 +28,7 @@ from kd_yolo.devices import parse_device
 from kd_yolo.errors import ConfigError, DataError
 from kd_yolo.files import sha256, write_json, write_text
 from kd_yolo.resources import load_yaml
-from kd_yolo.tasks.anomaly import AnomalyTrainer
+from kd_yolo.tasks.anomaly import AnomalyTrainer, Views
 from kd_yolo.tasks.run_folder import RUN_FILE, find_run, new_run_dir
 
 DONE_FILE = "result.json"
@@ -207,7 +207,7 @@ def _train(
         "exist_ok": True,
         "resume": resume,
     }
-    trainer = AnomalyTrainer(net, train, held_out, config.flips, arguments)
+    trainer = AnomalyTrainer(net, train, held_out, Views(config.flips, config.brightness), arguments)
     trainer.train()
 
 

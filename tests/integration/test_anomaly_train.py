@@ -143,8 +143,15 @@ def test_train__all_categories_and_a_second_call(folder: Path, tmp_path: Path) -
     assert (report.run_dir / "bolt" / "weights" / "best.pt").stat().st_mtime_ns == before
 
 
-def test_train__hkt_plus_and_flips(folder: Path, tmp_path: Path) -> None:
-    keys = {"data": str(folder), "category": "nut", "model": "hkt-plus", "flips": True, "kd.same": 0.5}
+def test_train__hkt_plus_and_varied_views(folder: Path, tmp_path: Path) -> None:
+    keys = {
+        "data": str(folder),
+        "category": "nut",
+        "model": "hkt-plus",
+        "flips": True,
+        "brightness": 0.2,
+        "kd.same": 0.5,
+    }
     report = run(**keys, project=tmp_path, name="plus", **{**TINY, "epochs": 1})
     header = losses(report.run_dir)[0]
     assert "train/x_p5" in header

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kd_yolo.anomaly.losses import discrepancy, level_distance, reduce_positions, squared_difference
+from kd_yolo.anomaly.losses import discrepancy, level_distance, reduce_positions, scaled_discrepancy
 
 
 def without_eps(a: Tensor, b: Tensor) -> Tensor:
@@ -81,24 +81,24 @@ def test_level_distance__enlarges_the_target_before_the_norm() -> None:
     torch.testing.assert_close(level_distance(own, target, 4), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_squared_difference__is_the_mean_over_channels() -> None:
+def test_scaled_discrepancy__large_floor_is_the_squared_difference() -> None:
     torch.manual_seed(0)
-    a, b = (torch.randn(2, 6, 3, 4) for _ in range(2))
-    found = squared_difference(a * 6**-0.5, b * 6**-0.5)
-    torch.testing.assert_close(found, (a - b).square().mean(1, keepdim=True))
-    torch.testing.assert_close(level_distance(a, a, 1, "squared"), torch.zeros(2, 1, 3, 4))
+    a, b = (torch.randn(2, 6, 3, 4, dtype=torch.float64) * 6**-0.5 for _ in range(2))
+    found = scaled_discrepancy(a, b, floor=1e4)
+    torch.testing.assert_close(2e4 * found, (a - b).square().sum(1, keepdim=True), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(scaled_discrepancy(a, a, floor=0.1), torch.zeros(2, 1, 3, 4).double(), atol=1e-5, rtol=0)
 
 
-def test_level_distance__a_plain_background_is_noise_only_to_the_angle() -> None:
+def test_level_distance__a_plain_background_is_noise_only_without_a_floor() -> None:
     """A standardised target is near zero over the commonest thing in the image; a student that is right but for a
-    little noise is far off in angle there, and hardly at all in squares."""
+    little noise is far off in angle there."""
     torch.manual_seed(0)
     target = torch.randn(1, 64, 8, 8) * 64**-0.5
     target[..., :4] *= 0.02  # the background
     own = target + 0.05 * torch.randn(1, 64, 8, 8) * 64**-0.5
-    cosine, squared = (level_distance(own, target, 1, kind)[0, 0] for kind in ("cosine", "squared"))
-    assert float(cosine[:, :4].mean()) > 0.3 > 100 * float(cosine[:, 4:].mean())
-    assert float(squared[:, :4].mean()) == pytest.approx(float(squared[:, 4:].mean()), rel=0.3)
+    bare, floored = (level_distance(own, target, 1, floor)[0, 0] for floor in (0.0, 0.1))
+    assert float(bare[:, :4].mean()) > 0.3 > 100 * float(bare[:, 4:].mean())
+    assert float(floored[:, :4].mean()) < 0.02
 
 
 def test_level_distance__is_float32_under_autocast() -> None:
