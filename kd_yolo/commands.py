@@ -112,9 +112,7 @@ def deploy(values: Mapping[str, Any]) -> Outcome:
     from kd_yolo.classify.checkpoints import is_classifier
 
     if is_anomaly(keys.model):
-        raise ConfigError(
-            f"model={keys.model}: an anomaly model runs as it is and is merged by export; leave deploy out"
-        )
+        raise ConfigError(f"model={keys.model}: is an anomaly model, which export merges; use kd-yolo export")
     if is_classifier(keys.model):
         from kd_yolo.classify.deploy import deploy_classifier
 
