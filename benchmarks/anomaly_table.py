@@ -23,6 +23,7 @@ from typing import Any
 
 from kd_yolo.config import parse_pairs
 from kd_yolo.files import write_json, write_text
+from kd_yolo.resources import load_yaml
 from kd_yolo.tables import markdown_table
 
 HERE = Path(__file__).resolve().parent / "anomaly_table"
@@ -52,7 +53,7 @@ def main(words: Sequence[str]) -> int:
         **parse_pairs(words),
     }
     unknown = [key for key in keys if key not in KNOWN]
-    if unknown or not (only or {"data", "category", "epochs"} <= set(keys)):
+    if unknown or bool(keys["extra"]) != bool(keys["tag"]) or not (only or {"data", "category", "epochs"} <= set(keys)):
         print(__doc__, f"unknown: {unknown}" if unknown else "", file=sys.stderr)
         return 2
     out = Path(str(keys["out"]))
@@ -80,6 +81,12 @@ def _run(keys: dict[str, Any], data: str, category: str, epochs: int, model: str
     tag = f"-{keys['tag']}" if keys["tag"] else ""
     name = f"{data}-{category}-{model}{tag}-e{epochs}-s{seed}"
     folder = Path(str(keys["project"])) / name
+    if (folder / "run.yaml").is_file():
+        stock = load_yaml(folder / "run.yaml")["stock"]
+        other = [f"{key}={stock[key]}" for key in ("imgsz", "batch") if stock[key] != keys[key]]
+        if other:
+            print(f"{folder}: holds a run with {other[0]}; give another project=", file=sys.stderr)
+            return None
     if not (folder / "report.json").is_file():
         program = [sys.executable, "-m", "kd_yolo", "train", "task=anomaly"]
         if (folder / "run.yaml").is_file():
@@ -94,6 +101,9 @@ def _run(keys: dict[str, Any], data: str, category: str, epochs: int, model: str
             print(f"{name}: ended with {done.returncode}", file=sys.stderr)
             return None
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    if len(report["categories"]) != 1:
+        print(f"{folder}: {len(report['categories'])} categories; name one in category=", file=sys.stderr)
+        return None
     (result,) = report["categories"].values()
     row: Row = {"data": data, "category": result["category"], "model": model, "seed": seed, "epochs": epochs}
     row["extra"] = str(keys["extra"])

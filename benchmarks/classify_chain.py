@@ -17,12 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_yolo.classify.data import resolve_class_data
 from kd_yolo.compare.statistics import compare_pairs, judge_all
 from kd_yolo.config import parse_pairs
 from kd_yolo.files import write_json, write_text
+from kd_yolo.resources import load_yaml
 from kd_yolo.tables import markdown_table
 
 HERE = Path(__file__).resolve().parent / "classify_chain"
+"""Results lie in a folder for each data set."""
 KNOWN = ("data", "chain", "method", "epochs", "imgsz", "batch", "seeds", "project", "out")
 ALONE = "student alone"
 NAMES = {"first": "teacher alone", "assistant": "assistant", "direct": "student, direct", "last": "student, chain"}
@@ -56,7 +59,7 @@ def main(words: Sequence[str]) -> int:
         if alone is None or linked is None:
             return 1
         rows.append({"seed": seed, ALONE: alone["phases"][-1], **_stages(linked["phases"])})
-    out = Path(str(keys["out"]))
+    out = Path(str(keys["out"])) / Path(str(keys["data"])).name
     write_json(out / "runs.json", {"keys": keys, "rows": rows})
     write_text(out / "table.md", _table(rows) + "\n")
     print(_table(rows))
@@ -67,6 +70,9 @@ def _run(keys: dict[str, Any], name: str, own: list[str]) -> dict[str, Any] | No
     """Return the report of one run, which is trained or taken up unless it is done."""
     folder = Path(str(keys["project"])) / name
     report = folder / "report.json"
+    if (folder / "run.yaml").is_file() and (other := _other_settings(folder, keys)):
+        print(f"{folder}: holds a run with {other}; give another project=", file=sys.stderr)
+        return None
     if not report.is_file():
         program = [sys.executable, "-m", "kd_yolo", "train", "task=classify"]
         common = [f"{key}={keys[key]}" for key in ("data", "epochs", "imgsz", "batch")]
@@ -78,6 +84,19 @@ def _run(keys: dict[str, Any], name: str, own: list[str]) -> dict[str, Any] | No
             print(f"{name}: ended with {done.returncode}", file=sys.stderr)
             return None
     return dict(json.loads(report.read_text(encoding="utf-8")))
+
+
+def _other_settings(folder: Path, keys: dict[str, Any]) -> str:
+    """Return the first setting in which a run that is there differs from what is asked for, or an empty text."""
+    plan = load_yaml(folder / "run.yaml")
+    asked = {key: keys[key] for key in ("epochs", "imgsz", "batch")}
+    found = {key: plan["stock"].get(key) for key in asked}
+    if folder.name.startswith("chain"):
+        asked |= {"chain": _list(keys["chain"]), "method": str(keys["method"])}
+        found |= {"chain": _list(plan["config"]["chain"]), "method": plan["method"]["name"]}
+    asked["data"] = str(resolve_class_data(str(keys["data"])))
+    found["data"] = plan["config"]["data"]
+    return next((f"{key}={found[key]}" for key in asked if found[key] != asked[key]), "")
 
 
 def _stages(phases: list[Row]) -> dict[str, Row]:
@@ -100,7 +119,9 @@ def _table(rows: Sequence[Row]) -> str:
     for name in judged:
         values = [100 * row[name]["top1"] for row in rows]
         gains.append(compare_pairs(values, base, 0.95, 0.5))
-    verdicts = dict(zip(judged, judge_all(gains, 0.95, 0.5), strict=True))
+    chained, directly = ([100 * row[name]["top1"] for row in rows] for name in (NAMES["last"], NAMES["direct"]))
+    gains.append(compare_pairs(chained, directly, 0.95, 0.5))  # whether the assistant was worth it
+    verdicts = dict(zip([*judged, "chain"], judge_all(gains, 0.95, 0.5), strict=True))
     body = []
     for name in [*order, ALONE, *judged]:
         values = [100 * row[name]["top1"] for row in rows]
@@ -110,6 +131,8 @@ def _table(rows: Sequence[Row]) -> str:
             one = verdicts[name]
             cells = [f"{one.mean:+.1f} ({one.t_low:+.1f} to {one.t_high:+.1f})", one.verdict]
         body.append([name, f"{statistics.mean(values):.1f} ± {spread:.1f}", *cells])
+    one = verdicts["chain"]
+    body.append(["chain against direct", "", f"{one.mean:+.1f} ({one.t_low:+.1f} to {one.t_high:+.1f})", one.verdict])
     return markdown_table(["", "top-1", "gain over the student alone, 95 %", "verdict"], body)
 
 

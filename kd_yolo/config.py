@@ -206,6 +206,18 @@ def split_train_keys(values: Mapping[str, Any]) -> tuple[TrainConfig, dict[str, 
     return validate(TrainConfig, own), stock, groups
 
 
+def whole_number(stock: Mapping[str, Any], key: str) -> int:
+    """Return a stock argument that must be a whole number, or Ultralytics' default.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    value = stock.get(key, stock_keys()[key])
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{key}={value}: a whole number is needed")
+    return value
+
+
 def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], command: str) -> None:
     """Raise for the first key that a command does not know, naming the nearest.
 

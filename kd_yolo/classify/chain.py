@@ -16,7 +16,7 @@ from ultralytics.utils import LOGGER
 
 from kd_yolo.classify.checkpoints import load_source
 from kd_yolo.classify.phases import ClassifyPhase, run_phase
-from kd_yolo.classify.preflight import check_teacher
+from kd_yolo.classify.preflight import check_teacher, device_of
 from kd_yolo.classify.settings import ClassifyConfig
 from kd_yolo.classify.student import resolve_classifier
 from kd_yolo.errors import ConfigError, TeacherError
@@ -112,7 +112,7 @@ def run_chain(
             student = resolve_classifier(config, stages[-1])
             control = run_phase(run_dir, DIRECT, student, first, plan)
             results.append(control)
-        check_teacher(config, teacher, Path(config.data), imgsz, top1=top1, device=plan["stock"].get("device") or "cpu")
+        check_teacher(config, teacher, Path(config.data), imgsz, top1=top1, device=device_of(plan["stock"]))
         teacher = stage(number, teacher)
     last, direct = results[-1], next(result for result in results if result.name == DIRECT)
     LOGGER.info(

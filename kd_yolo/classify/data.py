@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from kd_yolo.classify.data_report import ClassDataReport, Placed, counted
 from kd_yolo.classify.folder import VAL_NAMES
+from kd_yolo.classify.squares import place_squared
 from kd_yolo.data.datasets import data_root, resolve_dataset
 from kd_yolo.data.datayaml import DataYaml, label_path, load_data_yaml
 from kd_yolo.data.grouping import Item
 from kd_yolo.data.labels import read_labels
-from kd_yolo.data.layout import IMAGE_SUFFIXES, MARKER, SPLITS, built_aside, files_under, place_image
+from kd_yolo.data.layout import IMAGE_SUFFIXES, MARKER, SPLITS, built_aside, files_under
 from kd_yolo.data.lock import locked
 from kd_yolo.data.progress import Progress, silent, stderr_progress
 from kd_yolo.data.signals_builtin import SIGNALS_BUILTIN, resolve_signals_builtin
@@ -31,48 +32,7 @@ from kd_yolo.resources import builtin_names
 Kind = Literal["auto", "class", "defect", "folder"]
 KINDS = ("auto", "class", "defect", "folder")
 GOOD, DEFECTIVE = "good", "defective"
-VERSION = 1
-
-
-@dataclass(frozen=True)
-class Placed:
-    """One image of the new data set."""
-
-    image: Path
-    split: str
-    label: str
-    digest: str
-
-
-@dataclass
-class ClassDataReport:
-    """What was made.
-
-    Attributes:
-        out: The classification folder.
-        kind: How classes were found: ``class``, ``defect`` or ``folder``.
-        names: Class names in their order.
-        images: Number of images by split and class.
-        decisions: What was decided on the way, a sentence each.
-    """
-
-    out: Path
-    kind: str
-    names: list[str]
-    images: dict[str, dict[str, int]] = field(default_factory=dict)
-    decisions: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {**asdict(self), "out": str(self.out)}
-
-    def to_text(self) -> str:
-        """Return a few lines for people."""
-        lines = [
-            f"{split}: {sum(found.values())} images ({', '.join(f'{n} {name}' for name, n in found.items())})"
-            for split, found in self.images.items()
-        ]
-        return "\n".join([*lines, *self.decisions, f"use it with task=classify data={self.out}"])
+VERSION = 2
 
 
 def resolve_class_data(data: str, root: Path | None = None) -> Path:
@@ -144,10 +104,12 @@ def to_classification(
             raise ConfigError("split: a detection data set keeps its own split; split it with kd-yolo data split first")
         origin = resolve_dataset(str(src))
         placed, used = _from_detection(load_data_yaml(origin), kind, decisions)
+    if any(one.image.resolve().is_relative_to(target.resolve()) for one in placed):
+        raise ConfigError(f"out={out}: holds the images of src={src} themselves; choose another folder")
     placed = _without_leaks(placed, decisions)
-    report = _counted(ClassDataReport(target, used, sorted({one.label for one in placed}), {}, decisions), placed, src)
+    report = counted(ClassDataReport(target, used, sorted({one.label for one in placed}), {}, decisions), placed, src)
     with built_aside(target) as aside:
-        _write(aside, placed, mode == "link", progress)
+        decisions += _write(aside, placed, mode == "link", progress)
         mark = {"origin": str(origin) if origin else str(Path(src).absolute()), "source": _mark(origin)}
         write_json(aside / MARKER, {"version": VERSION, **report.to_dict(), **mark})
     return report
@@ -221,6 +183,8 @@ def _from_folder(src: Path, split: SplitSpec, decisions: list[str]) -> list[Plac
     ]
     result = assign(items, split)
     decisions += result.decisions
+    if result.left_out:
+        decisions.append(f"{len(result.left_out)} images are in no list (left out)")
     return [
         Placed(image, result.split[item.key], name, item.digest)
         for (name, image), item in zip(found, items, strict=True)
@@ -249,24 +213,10 @@ def _without_leaks(placed: Sequence[Placed], decisions: list[str]) -> list[Place
     return kept
 
 
-def _counted(report: ClassDataReport, placed: Sequence[Placed], src: str | Path) -> ClassDataReport:
-    """Fill in the numbers; refuse what could not be trained or judged."""
-    if len(report.names) < 2:
-        raise DataError(f"{src}: all images are '{''.join(report.names)}'; at least two classes are needed")
-    for split in (split for split in SPLITS if any(one.split == split for one in placed)):
-        counts = Counter(one.label for one in placed if one.split == split)
-        report.images[split] = {name: counts[name] for name in report.names}
-        for name in report.names:
-            if not counts[name]:
-                raise DataError(f"{src}: the '{split}' part would have no image of the class '{name}'; split it again")
-    for split in ("train", "val"):
-        if split not in report.images:
-            raise DataError(f"{src}: has no '{split}' part; split it with kd-yolo data split first")
-    return report
-
-
-def _write(folder: Path, placed: Sequence[Placed], link: bool, progress: Progress) -> None:
+def _write(folder: Path, placed: Sequence[Placed], link: bool, progress: Progress) -> list[str]:
+    """Place every image; return what is to be said of it: padding to squares is done where links are asked for, too."""
     taken: set[Path] = set()
+    padded = 0
     progress(0, len(placed))
     for done, one in enumerate(placed, 1):
         place = folder / one.split / one.label
@@ -275,8 +225,13 @@ def _write(folder: Path, placed: Sequence[Placed], link: bool, progress: Progres
         if target in taken:
             target = place / f"{one.digest[:12]}-{one.image.name}"
         taken.add(target)
-        place_image(one.image, target, link)
+        if place_squared(one.image, target, link):
+            padded += 1
         progress(done, len(placed))
+    if not padded:
+        return []
+    why = "Ultralytics' classifiers look at the middle square of an image only"
+    return [f"{padded} images padded to squares by their border pixels, as PNG: {why}"]
 
 
 def _mark(origin: Path | None) -> str:

@@ -83,7 +83,10 @@ def _splits(folder: Path) -> dict[str, Path]:
         )
     val = next((folder / name for name in VAL_NAMES if (folder / name).is_dir()), None)
     if val is None:
-        raise DataError(f"{folder}: has no 'val' folder; the best checkpoint is chosen there, never on test")
+        raise DataError(
+            f"{folder}: has no 'val' folder; the best checkpoint is chosen there, never on test; make one of train: "
+            f"kd-yolo data convert from=classes src={folder / 'train'} out=FOLDER split=0.85/0.15/0"
+        )
     places = {"train": folder / "train", "val": val}
     return {**places, "test": folder / "test"} if (folder / "test").is_dir() else places
 
@@ -95,7 +98,10 @@ def _classes(place: Path) -> dict[str, list[Path]]:
             f"{loose[0]}: this image is in no class folder ({len(loose)} such images in {place}); move them into "
             f"{place.name}/CLASS/"
         )
-    folders = [path for path in sorted(place.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    folders = [path for path in sorted(place.iterdir()) if path.is_dir()]
+    hidden = [path for path in folders if path.name.startswith(".")]
+    if hidden:
+        raise DataError(f"{hidden[0]}: Ultralytics takes this hidden folder for a class; remove it")
     found = {path.name: files_under(path, IMAGE_SUFFIXES) for path in folders}
     empty = [name for name, files in found.items() if not files]
     if empty:
@@ -108,7 +114,9 @@ def _check_same_classes(place: Path, names: list[str], found: dict[str, list[Pat
     if more:
         raise DataError(f"{place / more[0]}: train has no class '{more[0]}'; rename the folder, or add it to train")
     less = [name for name in names if name not in found]
-    if less:
+    if less and place.name == "test":
+        LOGGER.warning(f"{place}: has no images of the class '{less[0]}', so it is not judged there")
+    elif less:
         raise DataError(f"{place}: has no images of the class '{less[0]}', so it would never be judged; add some")
 
 

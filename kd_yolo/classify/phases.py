@@ -18,7 +18,7 @@ from ultralytics.utils.plotting import plot_results
 from kd_yolo.checkpoints import read_checkpoint
 from kd_yolo.classify.student import ClassifierSpec
 from kd_yolo.classify.trainer import KDClassifyTrainer
-from kd_yolo.config import Recipe
+from kd_yolo.config import Recipe, read_recipe
 from kd_yolo.errors import CheckpointError
 from kd_yolo.files import sha256, write_json, write_text
 from kd_yolo.resources import load_yaml
@@ -140,15 +140,18 @@ def _trainer_arguments(
     }
     if teacher is not None:
         method = plan["method"]
+        recipe_file = run_dir / f"{name}.recipe.yaml"
+        begun = (run_dir / name / "weights" / "last.pt").is_file()
+        known = read_recipe(recipe_file) if begun and recipe_file.is_file() else None
         recipe = Recipe(
             teacher=str(teacher),
-            teacher_sha256=sha256(teacher),
+            # of the run's beginning, so that a teacher that has changed since is found out
+            teacher_sha256=known.teacher_sha256 if known else sha256(teacher),
             method=method["name"],
             args=method["args"],
             schedule=method["schedule"],
             trust=bool(plan["config"]["trust"]),
         )
-        recipe_file = run_dir / f"{name}.recipe.yaml"
         write_text(recipe_file, yaml.safe_dump(recipe.model_dump(), sort_keys=False))
         arguments["distill_model"] = str(recipe_file)
     return arguments

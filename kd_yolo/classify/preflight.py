@@ -47,6 +47,11 @@ def check_stock(stock: Mapping[str, Any], data: ClassFolder) -> dict[str, Any]:
     return {**stock, "imgsz": imgsz}
 
 
+def device_of(stock: Mapping[str, Any]) -> Any:
+    """Return ``device`` of stock arguments; nothing given is the CPU, 0 is the first GPU."""
+    return "cpu" if stock.get("device") is None else stock["device"]
+
+
 def check_teacher(
     config: ClassifyConfig, teacher: Path, data: Path, imgsz: int, top1: float | None = None, device: Any = "cpu"
 ) -> float:

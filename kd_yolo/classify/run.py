@@ -21,7 +21,7 @@ from kd_yolo.classify.data import resolve_class_data
 from kd_yolo.classify.deploy import deploy_classifier
 from kd_yolo.classify.folder import read_class_folder
 from kd_yolo.classify.phases import ClassifyPhase, run_phase
-from kd_yolo.classify.preflight import check_stock, check_teacher
+from kd_yolo.classify.preflight import check_stock, check_teacher, device_of
 from kd_yolo.classify.settings import ClassifyConfig, resolve_method
 from kd_yolo.classify.student import resolve_classifier
 from kd_yolo.config import read_recipe, validate
@@ -30,6 +30,9 @@ from kd_yolo.errors import ConfigError
 from kd_yolo.files import write_json, write_text, written_aside
 from kd_yolo.resources import load_yaml
 from kd_yolo.tasks.run_folder import RUN_FILE, find_run, new_run_dir
+
+RESUMED = "resumed"
+"""What stands for ``data`` where a run is resumed."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def _started(
     given = stages[0] if stages and is_ready_teacher(stages[0], folder.names, config.trust) else teacher
     if given != "none":
         path = Path(given).expanduser().resolve()
-        check_teacher(config, path, data, arguments["imgsz"], device=arguments.get("device") or "cpu")
+        check_teacher(config, path, data, arguments["imgsz"], device=device_of(arguments))
         teacher = "none" if stages else str(path)
     run_dir = new_run_dir(stock, "classify")
     plan = {
@@ -148,7 +151,8 @@ def _resumed(
     config: ClassifyConfig, stock: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Path, dict[str, Any]]:
     """Find the run and read its plan; what else was given would be ignored, so it is refused."""
-    given = [*(config.model_fields_set - {"resume", "data"}), *(set(stock) - {"project", "name"})]
+    given = [*(config.model_fields_set - {"resume", "data", "allow_weak_teacher"}), *(set(stock) - {"project", "name"})]
+    given += ["data"] if config.data != RESUMED else []
     given += [f"{group}.{key}" for group, keys in groups.items() for key in keys]
     if given:
         raise ConfigError(f"{sorted(given)[0]}: a resumed run keeps its own settings; drop it, or start a new run")
@@ -157,6 +161,9 @@ def _resumed(
     if plan.get("kd_yolo_run") != 1 or plan.get("task") != "classify":
         raise ConfigError(f"{run_dir / RUN_FILE}: not a classification run of kd-yolo; give resume=FOLDER of one")
     validate(ClassifyConfig, plan["config"], where=str(run_dir / RUN_FILE))
+    if config.allow_weak_teacher and not plan["config"]["allow_weak_teacher"]:  # what a weak assistant asks for
+        plan["config"]["allow_weak_teacher"] = True
+        write_text(run_dir / RUN_FILE, yaml.safe_dump(plan, sort_keys=False))
     LOGGER.info(f"Resuming {run_dir}")
     return run_dir, plan
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from kd_yolo import resources
-from kd_yolo.config import REPLACED_KEYS, MethodFile, Strict, stock_keys, validate
+from kd_yolo.config import REPLACED_KEYS, MethodFile, Strict, stock_keys, validate, whole_number
 from kd_yolo.distill.schedule import Schedule
 from kd_yolo.errors import ConfigError, nearest
 from kd_yolo.resources import load_yaml
@@ -40,7 +40,7 @@ class ClassifyConfig(Strict):
     @field_validator("data", "model", "teacher", "method", "pretrained", "resume", mode="before")
     @classmethod
     def _path_to_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else value
+        return str(value) if isinstance(value, (Path, int, float)) and not isinstance(value, bool) else value
 
     @property
     def method_name(self) -> str:
@@ -112,7 +112,7 @@ def resolve_method(
     arguments = {**method.args, **groups.get("kd", {})}
     schedule = {**SCHEDULE, **method.schedule, **groups.get("schedule", {})}
     parse_args(method.name, arguments)
-    epochs, tail = (int(stock.get(key, stock_keys()[key])) for key in ("epochs", "close_mosaic"))
+    epochs, tail = (whole_number(stock, key) for key in ("epochs", "close_mosaic"))
     validate(Schedule, schedule, where="schedule").active_epochs(max(epochs, 1), tail)
     return {"name": method.name, "args": arguments, "schedule": schedule, "balance": None}
 

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kd_yolo.classify.checkpoints import load_classifier
 from kd_yolo.classify.data import resolve_class_data
 from kd_yolo.classify.folder import ClassFolder, read_class_folder
+from kd_yolo.classify.model import check_same_order
 from kd_yolo.classify.phases import validate_classifier
 from kd_yolo.classify.preflight import CANVAS, check_stock, check_teacher
 from kd_yolo.classify.settings import ClassifyConfig, resolve_method, split_classify_keys
@@ -19,7 +21,7 @@ from kd_yolo.compare.outcome import finished
 from kd_yolo.compare.plan import Plan, common_arguments, file_label, labels, method_word, teacher_files, teacher_text
 from kd_yolo.compare.settings import CompareKeys
 from kd_yolo.compare.task import CLASSIFY
-from kd_yolo.errors import DataError
+from kd_yolo.errors import ConfigError, DataError
 
 
 class ClassifyCellBuilder(CellBuilder):
@@ -60,6 +62,8 @@ def plan_classify(keys: CompareKeys, stock: Mapping[str, Any]) -> Plan:
     """
     data = resolve_class_data(keys.data)
     folder = read_class_folder(data, check_images=True)
+    if keys.metric == "top5" and len(folder.names) <= 5:
+        raise ConfigError(f"metric=top5: is always 100 with {len(folder.names)} classes; use metric=top1")
     if keys.test and "test" not in folder.images:
         raise DataError(f"{data}: has no 'test' split; drop test=true, or add one")
     common = common_arguments(keys, stock, CANVAS)
@@ -92,7 +96,11 @@ def check_classify_teachers(laid: Plan, home: Path) -> dict[str, dict[str, float
         KDYoloError: A teacher does not fit the data, or is too weak, and a run with it is still to be done.
     """
     figures: dict[str, dict[str, float]] = {}
+    names = read_class_folder(laid.data).names
     for file in laid.teacher_files:
+        trust = any(bool(pair.config.trust) for pair in laid.pairs)
+        model, _ = load_classifier(file, trust=trust)  # restricted, before Ultralytics loads it as it is
+        check_same_order({int(key): str(name) for key, name in model.names.items()}, names, file)
         found = judge_classifier(file, laid.data, "val", laid.imgsz, "cpu")
         figures[file_label(file)] = {name: 100 * float(found[name]) for name in CLASSIFY.shown}
         for pair in laid.pairs:

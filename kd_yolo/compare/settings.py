@@ -194,6 +194,8 @@ def _check_task(keys: CompareKeys) -> None:
         raise ConfigError(f"metric={keys.metric}: task={keys.task} has {' and '.join(keys.kind.shown)}")
     if keys.task == "classify" and keys.folds is not None:
         raise ConfigError("folds: task=classify is compared over seeds on its own split; drop folds=")
+    if keys.task == "classify" and "," in keys.teacher:
+        raise ConfigError(f"teacher={keys.teacher}: a classifier has one teacher; give one file")
     given: dict[str, Any] = {key: value for key, value in keys.options.items() if value is not None}
     if keys.task == "detect":
         validate(TrainConfig, {"data": keys.data, **given}, where="compare")

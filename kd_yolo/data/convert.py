@@ -159,6 +159,8 @@ def _check_arguments(from_: str, src: Path, out: Path, mode: str, origin: str) -
         raise DataError(f"src={src}: no such folder; give the folder that holds the raw data")
     if out.resolve().is_relative_to(src.resolve()):
         raise ConfigError(f"out={out}: lies inside src={src}; choose a folder outside it")
+    if src.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(f"out={out}: holds src={src}, which would be replaced; choose another folder")
     check_replaceable(out)
 
 

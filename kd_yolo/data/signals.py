@@ -84,6 +84,13 @@ def read_keys(values: dict[str, Any]) -> SignalsKeys:
     return keys
 
 
+def length_in(like: str) -> float | None:
+    """Return the length of the recordings, s, that an earlier signals.yaml says, if it does."""
+    file = Path(like).expanduser()
+    length = load_yaml(file / SIGNALS_YAML if file.is_dir() else file).get("length_s")
+    return float(length) if isinstance(length, (int, float)) else None
+
+
 def train_defaults(data: Path) -> dict[str, float | None]:
     """Return the stock keys that training on a folder of pictures should use unless the user gives others.
 

@@ -16,7 +16,7 @@ import yaml
 from kd_yolo.data.grouping import Item, group_items
 from kd_yolo.data.layout import MARKER, SPLITS, built_aside, check_replaceable
 from kd_yolo.data.progress import Progress, silent
-from kd_yolo.data.signals import SIGNALS_YAML, SignalsKeys, read_keys
+from kd_yolo.data.signals import SIGNALS_YAML, SignalsKeys, length_in, read_keys
 from kd_yolo.data.signals_reader import Picture, SetReader
 from kd_yolo.data.signals_report import SignalsReport
 from kd_yolo.data.signals_spectra import to_grey
@@ -59,15 +59,13 @@ def convert_signals(
     """
     start = time.perf_counter()
     keys = read_keys({**params, "src": str(src), "out": str(out)})
-    if not src.is_dir():
-        raise DataError(f"src={src}: no such folder; give the folder that holds the class folders")
-    if out.resolve().is_relative_to(src.resolve()):
-        raise ConfigError(f"out={out}: lies inside src={src}; choose a folder outside it")
-    check_replaceable(out)
+    _check_places(src, out)
     found = loose_sources(src) if keys.like else find_sources(src)
     report = SignalsReport(out.absolute(), src.absolute(), problems=found.problems, resolved_from=resolved_from)
     pattern = part_pattern(found.sources, keys.group, keys.signals_per_part)
     reader = SetReader(keys, 2 * len(found.sources), progress)
+    if keys.like and (length_s := length_in(keys.like)) is not None and keys.sampling_rate_hz is not None:
+        reader.first = (Path(keys.like), round(length_s * keys.sampling_rate_hz))
     pictures = [picture for source in found.sources for picture in reader.examine(source)]
     report.dropped_s = round(reader.dropped_s, 3)
     _check_names(pictures)
@@ -81,10 +79,20 @@ def convert_signals(
     report.parameters = reader.parameters(reference_db)
     with built_aside(out) as folder:
         _draw(folder, reader, pictures, folders, reference_db)
-        _write_yaml(folder / SIGNALS_YAML, report)
+        _write_yaml(folder / SIGNALS_YAML, report, reader.length_s)
         report.seconds = time.perf_counter() - start
         write_json(folder / MARKER, report.to_dict())
     return report
+
+
+def _check_places(src: Path, out: Path) -> None:
+    if not src.is_dir():
+        raise DataError(f"src={src}: no such folder; give the folder that holds the class folders")
+    if out.resolve().is_relative_to(src.resolve()):
+        raise ConfigError(f"out={out}: lies inside src={src}; choose a folder outside it")
+    if src.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(f"out={out}: holds src={src}, which would be replaced; choose another folder")
+    check_replaceable(out)
 
 
 def _share_out(keys: SignalsKeys, pictures: Sequence[Picture], pattern: str, report: SignalsReport) -> list[str]:
@@ -119,8 +127,10 @@ def _draw(
             (folder / place[picture] / f"{picture.name}.png").write_bytes(code.tobytes())
 
 
-def _write_yaml(file: Path, report: SignalsReport) -> None:
+def _write_yaml(file: Path, report: SignalsReport, length_s: float | None) -> None:
     content: dict[str, Any] = {"parameters": report.parameters}
+    if length_s is not None:
+        content["length_s"] = length_s
     if report.parameters["kind"] == "spectrogram":
         content["axes"] = "time to the right, frequency upwards: low_hz at the bottom, high_hz at the top"
     else:

@@ -60,9 +60,12 @@ def read_signals(file: Path, spec: ReadSpec) -> tuple[NDArray[np.float64], float
         values = _table(file, _read_csv(file, spec.skip_columns), spec.orientation, needed=True)
         _refuse_time(file, values)
     elif file.suffix.lower() == ".npy":
-        values = _table(file, _numbers(file, _read_npy(file)), spec.orientation, needed=False)
+        values = _table(file, _cut(file, _numbers(file, _read_npy(file)), spec), spec.orientation, needed=False)
+        _refuse_time(file, values)
     else:
-        values = _table(file, _numbers(file, _read_mat(file, spec.variable)), spec.orientation, needed=True)
+        numbers = _cut(file, _numbers(file, _read_mat(file, spec.variable)), spec)
+        values = _table(file, numbers, spec.orientation, needed=True)
+        _refuse_time(file, values)
     _check_values(file, values)
     return values, rate
 
@@ -80,7 +83,7 @@ def _read_csv(file: Path, skip_columns: int) -> NDArray[np.float64]:
     try:
         lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read as text ({error}); export it again as CSV") from error
+        raise DataError(f"{file}: cannot be read as text ({error}); save it again as CSV in UTF-8") from error
     start = next((i for i, line in enumerate(lines) if _delimiter(line) is not None), None)
     for number, line in enumerate(lines[:start], 1):
         bad = [cell for cell in re.split(r"[;\t,]", line) if not re.fullmatch(_NUMBER, cell, re.IGNORECASE)]
@@ -149,6 +152,15 @@ def _numbers(file: Path, values: Any) -> NDArray[np.float64]:
     if kind not in "iufb" or not isinstance(values, np.ndarray):
         raise DataError(f"{file}: holds no plain array of numbers; save the signals as one numeric array")
     return values.astype(np.float64)
+
+
+def _cut(file: Path, values: NDArray[np.float64], spec: ReadSpec) -> NDArray[np.float64]:
+    """Return a table without its first ``skip_columns`` columns, as of a CSV file."""
+    if not spec.skip_columns:
+        return values
+    if values.ndim != 2 or spec.skip_columns >= values.shape[1]:
+        raise DataError(f"{file}: skip_columns={spec.skip_columns} leaves nothing of {values.shape}; lower it")
+    return values[:, spec.skip_columns :]
 
 
 def _table(

@@ -83,6 +83,13 @@ class SetReader:
         hop = max(1, round(keys.hop_s * self.rate_hz) if keys.hop_s else window // OVERLAP)
         return SpectrumSpec(keys.kind, self.rate_hz, window, hop, keys.low_hz, self._high_hz(), keys.imgsz)
 
+    @property
+    def length_s(self) -> float | None:
+        """Return the length of every recording, where it decides how the time axis runs."""
+        if self.first is None or self.keys.kind != "spectrogram":
+            return None
+        return self.first[1] / self.spec.rate_hz
+
     def parameters(self, reference_db: float | None) -> dict[str, Any]:
         """Return the parameters as they were used, none left open."""
         spec = self.spec
@@ -143,7 +150,8 @@ class SetReader:
         if self.first is None:
             self.first = (file, samples)
         if self.keys.kind == "spectrogram" and abs(samples - self.first[1]) > spec.hop:
+            remedy = "cut it to that length" if self.keys.like else "cut all to one length with segment_s=SECONDS"
             raise DataError(
                 f"{file}: {length_s:g} s long, but {self.first[0]} is {self.first[1] / spec.rate_hz:g} s: their time "
-                "axes would differ; cut all to one length with segment_s=SECONDS"
+                f"axes would differ; {remedy}"
             )

@@ -12,7 +12,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
 from kd_yolo.checkpoints import load_model
-from kd_yolo.config import MethodFile, TrainConfig, stock_keys, validate
+from kd_yolo.config import MethodFile, TrainConfig, validate, whole_number
 from kd_yolo.data.validate import validate_for_training
 from kd_yolo.distill.base import build_method, load_method, parse_args
 from kd_yolo.distill.combine import combined_file, gives_weight, is_combination, merged_args, nested_args
@@ -59,8 +59,7 @@ def resolve_method(
         arguments = {**method.args, **given}
     schedule = {**method.schedule, **groups["schedule"]}
     parse_args(method.name, arguments)
-    defaults = stock_keys()
-    epochs, tail = (int(stock.get(key, defaults[key])) for key in ("epochs", "close_mosaic"))
+    epochs, tail = (whole_number(stock, key) for key in ("epochs", "close_mosaic"))
     validate(Schedule, schedule, where="schedule").active_epochs(max(epochs, 1), tail)
     balance = config.balance if config.balance is not None else balance
     return {"name": method.name, "args": arguments, "schedule": schedule, "balance": balance}

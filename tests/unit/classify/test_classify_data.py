@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 from class_factory import class_folder, draw
 
@@ -123,6 +124,15 @@ def test_read_class_folder__warns_of_equal_files_in_two_splits(
     assert "1 images are in two splits byte for byte" in caplog.text
 
 
+def test_read_class_folder__a_test_split_may_lack_a_class_and_hidden_folders_are_refused(tmp_path: Path) -> None:
+    data = class_folder(tmp_path / "data")
+    shutil.rmtree(data / "test/dots")
+    assert list(read_class_folder(data).images["test"]) == ["lines", "plain"]
+    (data / "train/.ipynb_checkpoints").mkdir()
+    with pytest.raises(DataError, match="Ultralytics takes this hidden folder for a class; remove it"):
+        read_class_folder(data)
+
+
 # ---- making ----------------------------------------
 
 
@@ -156,6 +166,37 @@ def test_to_classification__background_makes_good_or_defective(tmp_path: Path) -
     three = to_classification(file, tmp_path / "three", kind="class")
     assert three.names == ["dots", "good", "lines"]
     assert three.images["train"] == {"dots": 6, "good": 3, "lines": 6}
+
+
+def test_to_classification__long_images_become_squares_without_losing_a_pixel(tmp_path: Path) -> None:
+    """Ultralytics cuts the middle square out of an image; on a long one a defect at the end would be gone."""
+    raw = tmp_path / "raw"
+    for name in ("dots", "lines"):
+        for index in range(12):
+            image = draw(name, index)
+            image = image if index else np.ascontiguousarray(image[:24])  # the first is 64 x 24
+            (raw / name).mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(raw / name / f"{name}{index}.bmp"), image)
+    report = to_classification(raw, tmp_path / "out")
+    assert any(text.startswith("2 images padded to squares") for text in report.decisions)
+    padded = list((tmp_path / "out").rglob("*.png"))
+    assert sorted(path.name for path in padded) == ["dots0.png", "lines0.png"]
+    for path in padded:
+        found = cv2.imread(str(path))
+        assert found.shape == (64, 64, 3)
+        np.testing.assert_array_equal(found[20:44], cv2.imread(str(raw / path.stem[:-1] / f"{path.stem}.bmp")))
+        np.testing.assert_array_equal(found[0], found[20])
+    assert read_class_folder(tmp_path / "out", check_images=True).count("train") > 0
+
+
+def test_to_classification__never_replaces_its_own_source(tmp_path: Path) -> None:
+    file = detection_set(tmp_path / "det")
+    (tmp_path / "det" / "conversion.json").write_text("{}")  # what marks a folder as replaceable
+    before = sorted(path for path in (tmp_path / "det").rglob("*"))
+    for mode in ("copy", "link"):
+        with pytest.raises(ConfigError, match="holds the images of src"):
+            to_classification(file, tmp_path / "det", mode=mode)  # type: ignore[arg-type]
+    assert sorted(path for path in (tmp_path / "det").rglob("*")) == before
 
 
 def test_to_classification__copies_and_contradictions(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_val__refuses_other_classes_and_missing_splits(model: Path, tmp_path: Pa
     ):
         commands.val({"model": model, "data": other})
     fitting = class_folder(tmp_path / "fitting", {"train": 1, "val": 1})
-    with pytest.raises(DataError, match="split=test: no folder"):
+    with pytest.raises(DataError, match=r"split=test: .* has train, val"):
         commands.val({"model": model, "data": fitting, "split": "test"})
     with pytest.raises(ConfigError, match="missing key 'data'"):
         commands.val({"model": model})
@@ -57,6 +57,22 @@ def test_predict__names_the_class_of_every_image(model: Path, data: Path, tmp_pa
         commands.predict({"model": model, "source": "gone"})
     with pytest.raises(ConfigError, match=r"unknown key 'sourse'.*source"):
         commands.predict({"model": model, "sourse": "x"})
+
+
+def test_predict__recordings_and_folders_without_pictures(model: Path, tmp_path: Path) -> None:
+    sounds = tmp_path / "sounds"
+    sounds.mkdir()
+    (sounds / "a.wav").write_bytes(b"RIFF")
+    for source in (sounds, sounds / "a.wav"):
+        with pytest.raises(ConfigError, match=r"recordings are drawn first.*like=DATA/signals\.yaml"):
+            commands.predict({"model": model, "source": str(source)})
+    with pytest.raises(ConfigError, match="no picture directly in this folder"):
+        commands.predict({"model": model, "source": str(tmp_path)})
+
+
+def test_val__a_wrong_value_is_one_line(model: Path, data: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^val: "):
+        commands.val({"model": model, "data": data, "imgsz": "abc"})
 
 
 def test_deploy__writes_the_merged_classifier(model: Path, tmp_path: Path) -> None:

@@ -178,6 +178,21 @@ def test_convert_signals__like_draws_new_recordings_alike_and_does_not_split(raw
         convert_signals(new, tmp_path / "x", like=str(tmp_path / "other.yaml"))
 
 
+def test_convert_signals__like_refuses_another_length(raw: Path, tmp_path: Path) -> None:
+    """A time axis that is squeezed is another picture than the ones that were learned."""
+    convert_signals(raw, tmp_path / "out", imgsz=32)
+    assert yaml.safe_load((tmp_path / "out/signals.yaml").read_text())["length_s"] == 0.25
+    write_tone(tmp_path / "new" / "long.wav", 1000, 7, length_s=1.0)
+    with pytest.raises(DataError, match=r"long\.wav: .* their time axes would differ; cut it to that length"):
+        convert_signals(tmp_path / "new", tmp_path / "again", like=str(tmp_path / "out/signals.yaml"))
+
+
+def test_convert_signals__never_replaces_its_own_source(raw: Path, tmp_path: Path) -> None:
+    convert_signals(raw, tmp_path / "out", imgsz=32)
+    with pytest.raises(ConfigError, match="which would be replaced"):
+        convert_signals(tmp_path / "out" / "train", tmp_path / "out")
+
+
 def test_convert_signals__same_input_same_output(raw: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         convert_signals(raw, tmp_path / name, seed=3, **SMALL)
