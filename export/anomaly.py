@@ -18,6 +18,7 @@ from kd_yolo.export.formats import CHECKED, find_format
 from kd_yolo.export.job import Job, make_job, require_packages
 from kd_yolo.export.publish import publish
 from kd_yolo.export.stock import Made, failures_in_one_line
+from ultralytics.utils import LOGGER
 
 import kd_yolo
 from kd_yolo.anomaly.checkpoint import load_anomaly
@@ -133,6 +134,12 @@ def _run(job: Job, category: str | None) -> AnomalyExportReport:
     source, content = load_anomaly(job.source, trust=job.trust)
     thresholds = thresholds_of(source, job.source)
     canvas = check_canvas(canvas_of(source, content) if job.imgsz is None else job.imgsz, source.stride)
+    trained = canvas_of(source, content)
+    if canvas != trained:
+        LOGGER.warning(
+            f"imgsz: the thresholds were calibrated on {trained[0]}x{trained[1]}, not {canvas[0]}x{canvas[1]}, where "
+            "scores are others; train with this imgsz for thresholds that hold"
+        )
     images = gate_images(job.data, category, content.get("extra", {}).get("category"))
     own = {
         "version": kd_yolo.__version__,

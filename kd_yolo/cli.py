@@ -111,15 +111,24 @@ def _run(name: str, words: list[str]) -> int:
 
 def _task_help(task: str) -> str:
     """Return the help text of ``train`` for a task: its own keys, read from what checks them."""
-    module, _, name = TASK_CONFIGS[task].config.partition(":")
-    fields = getattr(importlib.import_module(module), name).model_fields
-    width = max(map(len, fields))
-    lines = [f"usage: kd-yolo train task={task} data=... key=value ...", ""]
-    for key, field in fields.items():
-        default = "needed" if field.is_required() else f"[{field.default}]"
-        lines.append(f"  {key:<{width}}  {field.description} {default}")
+    lines = [f"usage: kd-yolo train task={task} data=... key=value ...", "", *_fields(TASK_CONFIGS[task].config)]
+    if TASK_CONFIGS[task].options:
+        lines += ["", "Values of the model's file that may be replaced:", *_fields(TASK_CONFIGS[task].options, "kd.")]
     lines += ["", *(f"  {line}" for line in TASK_CONFIGS[task].notes)]
     return "\n".join([*lines, "", f"Example: {TASK_CONFIGS[task].example}"])
+
+
+def _fields(place: str, prefix: str = "") -> list[str]:
+    """Return a line for each key of a pydantic model, named as ``module:class``."""
+    module, _, name = place.partition(":")
+    fields = getattr(importlib.import_module(module), name).model_fields
+    width = max(map(len, fields)) + len(prefix)
+    hidden = {"kd.imgsz", "kd.teacher"}  # keys of their own
+    shown = {f"{prefix}{key}": field for key, field in fields.items() if f"{prefix}{key}" not in hidden}
+    return [
+        f"  {key:<{width}}  {field.description} {'needed' if field.is_required() else f'[{field.default}]'}"
+        for key, field in shown.items()
+    ]
 
 
 def _wrapped(names: Sequence[str], width: int = 100) -> list[str]:

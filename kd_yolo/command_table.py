@@ -34,21 +34,21 @@ class TaskHelp:
         config: ``module:class`` of the model that checks its keys.
         notes: What else is accepted, one line each.
         example: A command that works as written.
+        options: ``module:class`` of the model that checks ``kd.NAME``, where all of them are listed.
     """
 
     config: str
     notes: tuple[str, ...]
     example: str
+    options: str = ""
 
 
 TASK_CONFIGS = {
     "anomaly": TaskHelp(
         "kd_yolo.anomaly.settings:AnomalyConfig",
-        (
-            "kd.NAME replaces a value of the model's file, for example kd.same=1 kd.fuse=product kd.student=lightnet-n",
-            "Ultralytics' imgsz [256], batch [16], epochs [100, at least 2000 steps], lr0, device, project and so on",
-        ),
+        ("Ultralytics' imgsz [256], batch [16], epochs [100, at least 2000 steps], lr0, device, project and so on",),
         "kd-yolo train task=anomaly data=surface-synth model=hkt imgsz=128 epochs=20",
+        "kd_yolo.anomaly.spec:AnomalySpec",
     ),
     "classify": TaskHelp(
         "kd_yolo.classify.settings:ClassifyConfig",

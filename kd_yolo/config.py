@@ -147,6 +147,10 @@ def stock_keys() -> dict[str, Any]:
     return dict(content)
 
 
+TEXT_KEYS = ("category", "name")
+"""Keys whose values are names even where they look like numbers: 08, 0815, 1e3."""
+
+
 def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
     """Parse ``key=value`` words; values are YAML scalars or lists, so ``5``, ``true``, ``0.1``, ``[0, 1]`` work.
 
@@ -161,7 +165,8 @@ def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"'{pair}' is not understood; arguments look like key=value, for example epochs=50")
         if key in values:
             raise ConfigError(f"'{key}' is given twice; keep one")
-        values[key] = parse_value(text)
+        as_text = key in TEXT_KEYS and text.strip().lower() not in {"", "none", "null"}
+        values[key] = text.strip() if as_text else parse_value(text)
     return values
 
 

@@ -96,7 +96,8 @@ def build_backbone(
         if not allow_random:
             raise TeacherError(f"teacher '{name}': a random teacher knows nothing; give a pretrained one")
         return _assemble(name, _structure(name.removeprefix(RANDOM)), strides, depth)
-    if name.endswith(".pt") and ":" not in Path(name).name and "=" not in Path(name).name:
+    first = name.partition("=")[0]
+    if name.endswith(".pt") and first not in SCALES and first.partition(":")[0] not in PREFIXES:
         chain, structure = foreign.read_detector(name, trust)
         return _assemble(name, structure, strides, depth, chain)
     base, sign, weights = name.partition("=")

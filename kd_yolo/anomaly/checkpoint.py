@@ -21,7 +21,7 @@ from kd_yolo.anomaly.model import AnomalyModel
 from kd_yolo.anomaly.spec import AnomalySpec
 from kd_yolo.checkpoints import DAMAGE
 from kd_yolo.config import validate
-from kd_yolo.errors import CheckpointError, KDYoloError
+from kd_yolo.errors import BackendMissingError, CheckpointError, KDYoloError
 from kd_yolo.files import written_aside
 
 FORMAT = "kd_yolo/anomaly/1"  # stands as text in the file's index, where is_anomaly() looks for it
@@ -93,6 +93,8 @@ def load_anomaly(path: str | Path, trust: bool = False) -> tuple[AnomalyModel, d
         model.load_state_dict(content["state_dict"])
         if own["calibration"] is not None:
             model.apply_calibration(_calibration(own["calibration"]))
+    except BackendMissingError:  # of a teacher that timm builds; the message names the package
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, KDYoloError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
         raise CheckpointError(f"{file}: damaged, or written by another version of kd-yolo ({reason[:160]})") from error

@@ -51,10 +51,14 @@ def read_category(source: Source, folder: Path) -> Parts:
             parts.warnings.append(f"{other}: {len(images_in(other))} images not used, training sees normal ones only")
     test = folder / "test"
     parts.test = _labelled(source, test, [folder / TRUTH, test / TRUTH]) if test.is_dir() else []
+    parts.warnings += _not_read(test)
+    if parts.test and all(sample.label for sample in parts.test):
+        usual = source.normal or "good, ok or normal"
+        parts.warnings.append(f"{test}: no folder of normal images ({usual}), so every image there counts as anomalous")
     if source.val is not None:
         parts.val = read_validation(source, folder)
     if not any(sample.label for sample in parts.test):
-        parts.notes.append(f"{test}: no anomalous images, so nothing can be measured; scores and maps still work")
+        parts.warnings.append(f"{test}: no anomalous images, so nothing can be measured; scores and maps still work")
     parts = inspected(parts, folder)
     if source.val is not None:
         _check_validation(Path(source.val), parts.val)
@@ -72,6 +76,13 @@ def read_validation(source: Source, folder: Path) -> list[AnomalySample]:
     if place is None:
         raise DataError(f"val={source.val}: no such folder (looked for {', '.join(map(str, places))}); correct the key")
     return _labelled(source, place, [place / TRUTH])
+
+
+def _not_read(test: Path) -> list[str]:
+    """Return a line for each place with images that the layout does not look at."""
+    deeper = [inner for folder in subfolders(test) if folder.name != TRUTH for inner in subfolders(folder)]
+    places = {place: len(images_in(place)) for place in (test, *deeper)}
+    return [f"{place}: {count} images not used, images lie in test/KIND/" for place, count in places.items() if count]
 
 
 def _check_validation(place: Path, samples: list[AnomalySample]) -> None:

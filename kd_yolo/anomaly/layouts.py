@@ -12,7 +12,14 @@ from kd_yolo.anomaly.layout_parts import AnomalyData, AnomalySample
 from kd_yolo.anomaly.layout_source import Source, describe_anomaly_datasets, find_source
 from kd_yolo.errors import DataError, nearest
 
-__all__ = ["AnomalyData", "AnomalySample", "categories", "describe_anomaly_datasets", "read_anomaly_data"]
+__all__ = [
+    "AnomalyData",
+    "AnomalySample",
+    "categories",
+    "describe_anomaly_datasets",
+    "read_anomaly_data",
+    "same_category",
+]
 
 ALL = "all"
 _SAID: set[str] = set()
@@ -59,6 +66,11 @@ def read_anomaly_data(data: str | Path, category: str | int | None = None, root:
     return found
 
 
+def same_category(name: str, wanted: str) -> bool:
+    """Tell whether a category is the one that is meant: 01 of a YAML file arrives as the number 1."""
+    return name.lower() == wanted.lower() or (name.isdigit() and wanted.isdigit() and int(name) == int(wanted))
+
+
 def _places(source: Source) -> dict[str, Path]:
     if source.format == "masks":
         return {source.name: source.root}
@@ -73,7 +85,6 @@ def _chosen(source: Source, known: list[str], wanted: str | None) -> str:
         rest = ", or category=all to train and val every one" if wanted is None else "; here one at a time is read"
         raise DataError(f"{source.root}: holds {len(known)} categories ({shown}); give category=NAME{rest}")
     for name in known:
-        # 01 of a YAML file or of the command line arrives as the number 1
-        if name.lower() == wanted.lower() or (name.isdigit() and wanted.isdigit() and int(name) == int(wanted)):
+        if same_category(name, wanted):
             return name
     raise DataError(f"category={wanted}: not in {source.root} (there: {shown}){nearest(wanted, known)}")

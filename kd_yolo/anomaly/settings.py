@@ -36,12 +36,13 @@ PASSED_ON = (
     "momentum",
     "warmup_momentum",
     "workers",
-    "save_period",
     "verbose",
     "project",
     "name",
     "exist_ok",
 )
+OPTIMIZERS = ("adam", "adamax", "adamw", "nadam", "radam", "rmsprop", "sgd")
+"""Ultralytics' own, without those that look into a detector's head."""
 USUAL_EPOCHS = 100
 LEAST_STEPS = 2000
 STRIDE = 32
@@ -80,6 +81,8 @@ def split_anomaly_keys(values: Mapping[str, Any]) -> tuple[AnomalyConfig, dict[s
     for key, value in values.items():
         if key == "task":
             continue
+        if key == "kd.imgsz":
+            raise ConfigError("kd.imgsz: the canvas is imgsz=")
         if key.startswith("kd."):
             overrides[key.removeprefix("kd.")] = value
         elif key in AnomalyConfig.model_fields:
@@ -107,6 +110,9 @@ def epochs_for(images: int, batch: int, given: int | None) -> int:
 
 
 def _check_stock(stock: Mapping[str, Any]) -> None:
+    optimizer = str(stock.get("optimizer", STOCK_DEFAULTS["optimizer"]))
+    if optimizer.lower() not in OPTIMIZERS:
+        raise ConfigError(f"optimizer={optimizer}: one of {', '.join(OPTIMIZERS)}{nearest(optimizer, OPTIMIZERS)}")
     imgsz = stock.get("imgsz", STOCK_DEFAULTS["imgsz"])
     if not isinstance(imgsz, int) or isinstance(imgsz, bool) or imgsz < 64 or imgsz % STRIDE:
         raise ConfigError(f"imgsz={imgsz}: a multiple of {STRIDE} of at least 64 is needed, for example imgsz=256")

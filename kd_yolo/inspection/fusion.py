@@ -17,6 +17,7 @@ from ultralytics.utils import LOGGER
 
 from kd_yolo.errors import CheckpointError, ConfigError
 from kd_yolo.inspection.fusion_result import FusedResult
+from kd_yolo.inspection.origin import checkpoint_of
 from kd_yolo.inspection.predict import anomaly_keys, inspect, open_checked
 from kd_yolo.inspection.sources import Frame, check_source, read_frames
 from kd_yolo.inspection.writing import RunWriter, Saving
@@ -142,7 +143,8 @@ class FusionPredictor:
         self.keys, self.detector = keys, detector
         check_source(keys.source)
         _check_anomaly(keys.anomaly)
-        self.session: AnomalySession = open_checked(keys.anomaly, keys.anomaly_imgsz, keys.device, keys.threads)
+        found = checkpoint_of(keys.anomaly, "anomaly")
+        self.session: AnomalySession = open_checked(found, keys.anomaly_imgsz, keys.device, keys.threads)
         self._writer = RunWriter(keys, "fusion")
         self.save_dir = self._writer.save_dir
         self.report = FusionReport(save_dir=self.save_dir)
@@ -245,7 +247,7 @@ def _check_exists(name: str, file: str) -> None:
 
 def _check_anomaly(file: str) -> None:
     _check_exists("anomaly", file)
-    if not is_anomaly_file(file):
+    if not is_anomaly_file(checkpoint_of(file, "anomaly")):
         raise CheckpointError(f"anomaly={file}: is no anomaly model; train one with kd-yolo train task=anomaly")
 
 

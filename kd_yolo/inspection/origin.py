@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_yolo.anomaly.checkpoint import is_anomaly, load_anomaly
-from kd_yolo.errors import KDYoloError
+from kd_yolo.errors import CheckpointError, KDYoloError
 from kd_yolo.resources import load_yaml
 from kd_yolo.runtimes.anomaly_session import is_anomaly_file
 
@@ -65,6 +65,21 @@ def run_checkpoints(folder: Path) -> dict[str, Path]:
     if (folder / BEST).is_file():
         return {"": folder / BEST}
     return {file.parents[1].name: file for file in sorted(folder.glob(f"*/{BEST}"))}
+
+
+def checkpoint_of(given: str | Path, key: str) -> Path:
+    """Return the file that ``model=`` or ``anomaly=`` means: itself, or the best checkpoint of a run's folder.
+
+    Raises:
+        CheckpointError: The folder holds a run of several categories.
+    """
+    place = Path(given).expanduser()
+    found = run_checkpoints(place) if place.is_dir() else {}
+    if not found:
+        return place
+    if "" not in found:
+        raise CheckpointError(f"{key}={given}: holds models of {', '.join(found)}; give {given}/{min(found)}/{BEST}")
+    return found[""]
 
 
 def _beside(folder: Path) -> Any:

@@ -18,6 +18,7 @@ from ultralytics.utils import LOGGER
 from kd_yolo.anomaly.dataset import stretched
 from kd_yolo.config import Strict, stock_keys, validate
 from kd_yolo.errors import ConfigError, nearest
+from kd_yolo.inspection.origin import checkpoint_of
 from kd_yolo.inspection.results import AnomalyResult
 from kd_yolo.inspection.sources import Frame, check_source, read_frames
 from kd_yolo.inspection.writing import RunWriter, Saving
@@ -172,7 +173,7 @@ def open_checked(
     Raises:
         KDYoloError: See ``kd_yolo.runtimes.anomaly_session.open_anomaly``.
     """
-    session = open_anomaly(model, imgsz, device=device, threads=threads)
+    session = open_anomaly(checkpoint_of(model, "model"), imgsz, device=device, threads=threads)
     trained = session.description.canvas
     if tuple(session.canvas) != tuple(trained):
         wide, usual = ("x".join(map(str, size)) for size in (session.canvas, trained))

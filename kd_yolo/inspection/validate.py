@@ -17,7 +17,7 @@ from kd_yolo.anomaly.calibration import Calibration
 from kd_yolo.anomaly.checkpoint import load_anomaly, save_anomaly
 from kd_yolo.anomaly.dataset import AnomalyDataset
 from kd_yolo.anomaly.evaluate import judge
-from kd_yolo.anomaly.layouts import AnomalyData, categories, read_anomaly_data
+from kd_yolo.anomaly.layouts import AnomalyData, categories, read_anomaly_data, same_category
 from kd_yolo.config import Strict
 from kd_yolo.errors import CheckpointError, ConfigError, DataError
 from kd_yolo.files import write_json, write_text
@@ -73,6 +73,8 @@ def val_anomaly(model: str | Path, data: str | Path, **keys: Any) -> ValReport:
         raise ConfigError(
             "split=val: these images give the thresholds of threshold=f1; leave split out to judge on test"
         )
+    if given.out is not None and given.imgsz is not None:
+        raise ConfigError(f"out={given.out}: its thresholds belong to the model's own canvas; leave imgsz out")
     plan = _plan(given)
     for _, one in plan.values():
         _labelled(one, given.split)
@@ -149,7 +151,8 @@ def _plan(given: ValKeys) -> dict[str, tuple[Path, AnomalyData]]:
         return {name: (several[name], read_anomaly_data(given.data, name)) for name in known}
     if several:
         wanted = given.category if given.category not in {None, ALL} else (known[0] if len(known) == 1 else None)
-        if wanted not in several:
+        wanted = next((name for name in several if wanted is not None and same_category(name, wanted)), None)
+        if wanted is None:
             raise ConfigError(f"{place}: holds models of {', '.join(several)}; give category= one of them, or all")
         return {str(wanted): (several[str(wanted)], read_anomaly_data(given.data, wanted))}
     data = _data_for(place, given)

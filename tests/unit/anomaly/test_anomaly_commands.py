@@ -11,7 +11,9 @@ from anomaly_files import checkpoint, photo, widgets
 from detector_factory import save_checkpoint, tiny_detector
 
 from kd_yolo import KDYOLO, commands
+from kd_yolo.anomaly.layouts import same_category
 from kd_yolo.cli import main
+from kd_yolo.config import parse_pairs
 from kd_yolo.errors import CheckpointError, ConfigError
 
 
@@ -63,6 +65,35 @@ def test_val__needs_data_and_judges(weights: Path, tmp_path: Path) -> None:
     text, content = commands.val({"model": weights, "data": data, "project": tmp_path / "runs", "plots": False})
     assert "| bolt | 3 | 3 |" in text
     assert content["task"] == "anomaly"
+
+
+def test_predict_and_val__take_the_folder_of_a_run(weights: Path, photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run" / "weights"
+    run.mkdir(parents=True)
+    (run / "best.pt").write_bytes(weights.read_bytes())
+    given = {"source": str(photos), "project": tmp_path / "runs", "save": False, "verbose": False}
+    assert len(commands.predict({"model": tmp_path / "run", **given})[1]["images"]) == 2
+    several = tmp_path / "all"
+    for name in ("bolt", "nut"):
+        (several / name / "weights").mkdir(parents=True)
+        (several / name / "weights" / "best.pt").write_bytes(weights.read_bytes())
+    with pytest.raises(CheckpointError, match=r"holds models of bolt, nut; give .*bolt.weights.best\.pt"):
+        commands.predict({"model": several, **given})
+
+
+def test_val__thresholds_for_another_canvas_are_not_written(weights: Path, tmp_path: Path) -> None:
+    data = widgets(tmp_path / "widgets", val=True)
+    given = {"model": weights, "data": data, "threshold": "f1", "out": str(tmp_path / "new.pt"), "imgsz": 128}
+    with pytest.raises(ConfigError, match="its thresholds belong to the model's own canvas"):
+        commands.val(given)
+
+
+def test_categories__are_names_even_where_they_look_like_numbers() -> None:
+    assert parse_pairs(["category=08", "name=0123", "imgsz=64"]) == {"category": "08", "name": "0123", "imgsz": 64}
+    assert parse_pairs(["category=none"]) == {"category": "none"}
+    assert same_category("01", "1")
+    assert same_category("Bolt", "bolt")
+    assert not same_category("0815", "815x")
 
 
 def test_deploy_and_python__say_what_an_anomaly_model_wants(weights: Path) -> None:

@@ -90,7 +90,20 @@ def test_read__only_normal_images_are_enough_to_train(tmp_path: Path) -> None:
     write_photo(tmp_path / "parts/train/good/1.png", 1)
     data = read_anomaly_data(tmp_path / "parts")
     assert (len(data.train), data.test) == (1, [])
-    assert "nothing can be measured" in data.notes[0]
+    assert "nothing can be measured" in data.warnings[0]
+
+
+def test_read__images_that_are_not_looked_at_are_said(tmp_path: Path) -> None:
+    root = tmp_path / "parts"
+    write_photo(root / "train/gut/1.png", 1)
+    write_photo(root / "test/scratch/1.png", 2)
+    write_photo(root / "test/scratch/cam1/2.png", 3)
+    write_photo(root / "test/loose.png", 4)
+    data = read_anomaly_data(write_yaml(tmp_path / "m.yaml", path="parts", normal="gut"))
+    said = "\n".join(data.warnings)
+    assert f"{root / 'test'}: 1 images not used" in said
+    assert f"{root / 'test/scratch/cam1'}: 1 images not used" in said
+    assert "no folder of normal images (gut), so every image there counts as anomalous" in said
 
 
 def test_read__a_mask_suffix_is_taken_off_as_a_whole(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_to_classification__long_images_become_squares_without_losing_a_pixel(tm
     padded = list((tmp_path / "out").rglob("*.png"))
     assert sorted(path.name for path in padded) == ["dots0.png", "lines0.png"]
     for path in padded:
-        found = cv2.imread(str(path))
+        found = np.asarray(cv2.imread(str(path)))
         assert found.shape == (64, 64, 3)
         np.testing.assert_array_equal(found[20:44], cv2.imread(str(raw / path.stem[:-1] / f"{path.stem}.bmp")))
         np.testing.assert_array_equal(found[0], found[20])
@@ -195,7 +195,7 @@ def test_to_classification__never_replaces_its_own_source(tmp_path: Path) -> Non
     before = sorted(path for path in (tmp_path / "det").rglob("*"))
     for mode in ("copy", "link"):
         with pytest.raises(ConfigError, match="holds the images of src"):
-            to_classification(file, tmp_path / "det", mode=mode)  # type: ignore[arg-type]
+            to_classification(file, tmp_path / "det", mode=mode)
     assert sorted(path for path in (tmp_path / "det").rglob("*")) == before
 
 
