@@ -3,14 +3,14 @@
     python benchmarks/anomaly_fusion_picture.py prepare=runs/fusion-data
     yolo detect train model=yolo26n.pt data=runs/fusion-data/known.yaml imgsz=160 epochs=14 freeze=10 batch=16 \
         optimizer=AdamW lr0=0.002 cos_lr=true warmup_epochs=1 close_mosaic=5 project=runs name=known
-    kd-yolo train task=anomaly data=magnetic-tile imgsz=256 epochs=4 project=runs/anomaly name=tile
+    kd-yolo train task=anomaly data=magnetic-tile model=hkt-plus imgsz=256 epochs=10 project=runs/anomaly name=tile
     python benchmarks/anomaly_fusion_picture.py model=runs/known/weights/best.pt \
         anomaly=runs/anomaly/tile/weights/best.pt
 
 ``prepare`` lists the magnetic tile images for a detector of Blowhole, Break and Crack alone: no image with Fray or
 Uneven, and 19 free tiles. The split is that of kd-yolo's ``magnetic-tile``, which keeps exposures of one tile
 together. The picture in ``docs/images`` is from the commands above: yolo26n with COCO weights and a frozen backbone,
-mAP50 0.49 on the 26 validation images of the three classes; HKT trained on free tiles for 4 epochs. Both are short
+mAP50 0.49 on the 26 validation images of the three classes; HKT+ trained on free tiles for 10 epochs. Both are short
 trainings on one CPU core, to show what fusion does, not how good either can become.
 
 Only images are judged that neither model trained on: of the detector's validation and test split, and of the anomaly

@@ -125,8 +125,8 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _mean(rows: Sequence[Row], key: str, scale: float) -> str:
     values = [scale * row[key] for row in rows]
-    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.1f} ± {spread:.1f}"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def _list(value: Any) -> list[str]:
