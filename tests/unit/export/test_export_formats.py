@@ -109,7 +109,7 @@ def test_export__passed_through_and_not_proven(
         return str(made)
 
     monkeypatch.setattr(YOLO, "export", stock)
-    monkeypatch.setattr(LOGGER, "propagate", True)
+    monkeypatch.setattr(LOGGER, "handlers", [*LOGGER.handlers, caplog.handler])  # whoever changed the root logger
     report = export(source(), "mnn", out=tmp_path / "line.mnn", quantize=16, imgsz=[64, 96])
     assert (asked["format"], asked["quantize"], asked["imgsz"], asked["simplify"]) == ("mnn", 16, [64, 96], True)
     assert report.path.read_bytes() == b"made"
