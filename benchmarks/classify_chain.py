@@ -60,7 +60,8 @@ def main(words: Sequence[str]) -> int:
             return 1
         rows.append({"seed": seed, ALONE: alone["phases"][-1], **_stages(linked["phases"])})
     out = Path(str(keys["out"])) / Path(str(keys["data"])).name
-    write_json(out / "runs.json", {"keys": keys, "rows": rows})
+    settings = {key: value for key, value in keys.items() if key not in {"project", "out"}}
+    write_json(out / "runs.json", {"keys": settings, "rows": rows})
     write_text(out / "table.md", _table(rows) + "\n")
     print(_table(rows))
     return 0
