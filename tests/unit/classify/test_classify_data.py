@@ -115,7 +115,8 @@ def test_read_class_folder__refuses(tmp_path: Path, spoil: Callable[[Path], None
 def test_read_class_folder__warns_of_equal_files_in_two_splits(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("ultralytics"), "propagate", True)
+    logger = logging.getLogger("ultralytics")
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers, caplog.handler])  # whoever changed the root logger
     data = class_folder(tmp_path / "data")
     read_class_folder(data, check_images=True)
     assert "byte for byte" not in caplog.text

@@ -64,7 +64,8 @@ def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
     """Return a function that gives what Ultralytics' logger said."""
     from ultralytics.utils import LOGGER
 
-    monkeypatch.setattr(LOGGER, "propagate", True)
+    monkeypatch.setattr(LOGGER, "handlers", [*LOGGER.handlers, caplog.handler])  # whoever changed the root logger
+    monkeypatch.setattr(LOGGER, "propagate", False)
     caplog.set_level(logging.INFO)
     return lambda: [record.getMessage() for record in caplog.records]
 
