@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -12,12 +14,20 @@ from typing import Any
 
 import pytest
 
+
+def _folder_until_exit(prefix: str) -> str:
+    folder = tempfile.mkdtemp(prefix=prefix)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["YOLO_OFFLINE"] = "1"
 os.environ["YOLO_AUTOINSTALL"] = "false"
-os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="kd-yolo-tests-"))
+if "YOLO_CONFIG_DIR" not in os.environ:
+    os.environ["YOLO_CONFIG_DIR"] = _folder_until_exit("kd-yolo-tests-")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ["KD_YOLO_DATA"] = tempfile.mkdtemp(prefix="kd-yolo-data-")
+os.environ["KD_YOLO_DATA"] = _folder_until_exit("kd-yolo-data-")
 
 SS_DISABLE = 2  # of sigaltstack(2)
 
