@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import datetime
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,12 @@ from typing import Any
 from ultralytics.nn.tasks import DetectionModel
 
 from kd_yolo.checkpoints import load_model, serialize
-from kd_yolo.errors import ConfigError, ReparamError
+from kd_yolo.deployed import CHECK_IMAGES, DeployedFile, check_side, deploy_target, origin, sizes
+from kd_yolo.errors import ReparamError
 from kd_yolo.files import sha256, write_json, written_aside
 from kd_yolo.images import textured_images, to_canvas
-from kd_yolo.inference import (
-    channels_of,
-    check_canvas,
-    count_convolutions,
-    count_parameters,
-    deployed_form,
-    max_stride,
-    raw_outputs,
-    use_head,
-)
-from kd_yolo.nn.merging import MergeReport
-from kd_yolo.provenance import find_recipe, foreign_to_stock, head_name, versions
-from kd_yolo.tables import PairReport
+from kd_yolo.inference import channels_of, check_canvas, deployed_form, max_stride, raw_outputs, use_head
+from kd_yolo.provenance import foreign_to_stock, head_name
 
 # Bounds on a deployed file against the training form, both run in float64, so that what is measured is what the file
 # stores. Storing merged kernels in float32 costs about 1e-6 of the canvas for a pretrained network and was measured at
@@ -34,74 +23,37 @@ from kd_yolo.tables import PairReport
 # merge costs more than 1e-3.
 BOX_TOLERANCE = 1e-4  # of the longer side of the canvas
 SCORE_TOLERANCE = 1e-5
-CHECK_IMAGES = 4
-LARGEST_CHECK_CANVAS = 320
 
 
 @dataclass(frozen=True)
-class DeployReport(PairReport):
+class DeployReport(DeployedFile):
     """What was written and how it was proven.
 
     Attributes:
-        path: The deployed checkpoint.
-        provenance: The JSON file beside it.
-        source: The trained checkpoint.
-        source_sha256: Its hash.
-        sha256: Hash of the deployed checkpoint.
         head: ``nms`` or ``nms-free``: which branch was kept.
-        merge: The merge and its error in float64, whole network and worst block.
         box_error_px: Largest difference of any raw box, deployed file against training form, both run in float64.
         score_error: The same for any class score.
         box_tolerance_px: Bound on ``box_error_px``.
         score_tolerance: Bound on ``score_error``.
         check_canvas: Height and width in pixels at which these were measured.
-        check_images: Number of images they were measured on.
-        params_trained: Parameters of the training form, both head branches.
-        params: Parameters of the deployed file, BatchNorm included.
-        params_fused: Parameters that run, after Ultralytics folds each BatchNorm while loading.
-        convolutions_trained: Convolutions of the training form.
-        convolutions: Convolutions of the deployed file.
-        names: Class names.
-        recipe: The distillation recipe of the run, or None.
-        versions: Versions of what made the file.
-        created: Local time, ISO 8601.
     """
 
-    path: Path
-    provenance: Path
-    source: Path
-    source_sha256: str
-    sha256: str
     head: str
-    merge: MergeReport
     box_error_px: float
     score_error: float
     box_tolerance_px: float
     score_tolerance: float
     check_canvas: tuple[int, int]
-    check_images: int
-    params_trained: int
-    params: int
-    params_fused: int
-    convolutions_trained: int
-    convolutions: int
-    names: dict[int, str]
-    recipe: dict[str, Any] | None
-    versions: dict[str, str]
-    created: str
 
     def rows(self) -> list[tuple[str, str]]:
         """Return what people want to know first."""
+        first, *others = super().rows()
+        return [first, ("head", self.head), *others]
+
+    def _apart(self) -> str:
         height, width = self.check_canvas
         where = f"{self.check_images} images at {height}x{width}, float64"
-        return [
-            ("deployed", str(self.path)),
-            ("head", self.head),
-            ("parameters", f"{self.params_trained:,} trained, {self.params_fused:,} deployed"),
-            ("convolutions", f"{self.convolutions_trained} trained, {self.convolutions} deployed"),
-            ("merged blocks", f"{self.merge.blocks}, relative error {self.merge.relative_error:.1e}"),
-            ("against training form", f"{self.box_error_px:.1e} px, {self.score_error:.1e} score ({where})"),
-        ]
+        return f"{self.box_error_px:.1e} px, {self.score_error:.1e} score ({where})"
 
 
 def deploy(
@@ -129,57 +81,26 @@ def deploy(
     """
     source, checkpoint = load_model(model_path, trust=trust)
     path = Path(model_path).expanduser().absolute()
-    target = _target(path, out)
+    target = deploy_target(path, out)
     use_head(source, nms, str(path))
     deployed, merged = deployed_form(source, nms, str(path))
     about: dict[str, Any] = {"source_sha256": sha256(path), "head": head_name(nms)}
     with written_aside(target) as aside:
         aside.write_bytes(serialize(deployed, checkpoint, about))
         report = DeployReport(
-            path=target,
-            provenance=target.with_suffix(".json"),
-            source=path,
-            sha256=sha256(aside),
-            merge=merged,
-            recipe=find_recipe(path, checkpoint),
-            versions=versions(),
-            created=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             **about,
+            **origin(path, checkpoint, target, aside, merged),
             **_verify(aside, source),
-            **_count(source, deployed),
+            **sizes(source, deployed),
         )
         write_json(report.provenance, report.to_dict())  # a deployed file always has its provenance beside it
     return report
 
 
-def _count(source: DetectionModel, deployed: DetectionModel) -> dict[str, Any]:
-    """Return the report's figures of size, and the class names."""
-    return {
-        "params_trained": count_parameters(source),
-        "params": count_parameters(deployed),
-        "params_fused": count_parameters(copy.deepcopy(deployed).fuse(verbose=False)),
-        "convolutions_trained": count_convolutions(source),
-        "convolutions": count_convolutions(deployed),
-        "names": {int(key): str(value) for key, value in deployed.names.items()},
-    }
-
-
-def _target(source: Path, out: str | Path | None) -> Path:
-    if out is None:
-        return source.with_name(f"{source.stem}-deploy.pt")
-    target = Path(out).expanduser().absolute()
-    if target.suffix != ".pt":
-        raise ConfigError(f"out={out}: a deployed checkpoint ends in .pt; for other formats use export")
-    if target.resolve() == source.resolve():
-        raise ConfigError(f"out={out}: is the trained checkpoint itself; choose another name")
-    return target
-
-
 def _check_canvas(model: DetectionModel) -> tuple[int, int]:
-    """Return the canvas of the run, limited in size because the check runs in float64."""
+    """Return the canvas that both forms are compared on."""
     stride = max_stride(model)
-    imgsz = model.args.get("imgsz")
-    side = min(imgsz if isinstance(imgsz, int) and imgsz > 0 else LARGEST_CHECK_CANVAS, LARGEST_CHECK_CANVAS)
+    side = check_side(model)
     return check_canvas(-(-side // stride) * stride, stride)
 
 

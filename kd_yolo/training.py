@@ -7,7 +7,6 @@ final student where every Ultralytics user looks for them.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Any
 import yaml
 from ultralytics.utils import LOGGER
 
-from kd_yolo.config import TrainConfig, read_recipe, validate
+from kd_yolo.config import TrainConfig, validate
 from kd_yolo.data.datasets import resolve_dataset
 from kd_yolo.errors import ConfigError, KDYoloError
-from kd_yolo.files import write_json, write_text, written_aside
+from kd_yolo.files import write_json, write_text
 from kd_yolo.resources import load_yaml
 from kd_yolo.tasks.chain import chain_of, check_chain, resolve_stage, run_chain
 from kd_yolo.tasks.phases import PhaseResult, PhaseSpec, run_phase
@@ -31,7 +30,7 @@ from kd_yolo.tasks.preflight import (
     resolve_student,
     teacher_files,
 )
-from kd_yolo.tasks.run_folder import RUN_FILE, find_run, new_run_dir
+from kd_yolo.tasks.run_folder import RUN_FILE, find_run, new_run_dir, publish
 from kd_yolo.tasks.unlabeled import check_unlabeled
 
 
@@ -81,7 +80,7 @@ def train(config: TrainConfig, stock: Mapping[str, Any], groups: Mapping[str, Ma
         run_dir, plan = _started(config, stock, groups)
     phases = _run_phases(run_dir, plan)
     final = phases[-1]
-    _publish(run_dir, final)
+    publish(run_dir, final.name)
     report = TrainReport(run_dir, run_dir / "weights" / "best.pt", phases)
     return _finish(report, plan)
 
@@ -167,19 +166,6 @@ def _run_phases(run_dir: Path, plan: Mapping[str, Any]) -> list[PhaseResult]:
     if results[-1] is not best:
         results.append(results.pop(results.index(best)))  # the last one is the one that is kept
     return results
-
-
-def _publish(run_dir: Path, final: PhaseResult) -> None:
-    """Copy the final student's files to where an Ultralytics run has them."""
-    source = run_dir / final.name
-    for relative in ("weights/best.pt", "weights/last.pt", "results.csv", "results.png"):
-        if (source / relative).is_file():
-            with written_aside(run_dir / relative) as aside:
-                shutil.copyfile(source / relative, aside)
-    recipe = run_dir / f"{final.name}.recipe.yaml"
-    if recipe.is_file() and read_recipe(recipe) is not None:
-        with written_aside(run_dir / "recipe.yaml") as aside:
-            shutil.copyfile(recipe, aside)
 
 
 def _finish(report: TrainReport, plan: Mapping[str, Any]) -> TrainReport:

@@ -19,9 +19,8 @@ from kd_yolo.classify.phases import ClassifyPhase, run_phase
 from kd_yolo.classify.preflight import check_teacher, device_of
 from kd_yolo.classify.settings import ClassifyConfig
 from kd_yolo.classify.student import resolve_classifier
-from kd_yolo.errors import ConfigError, TeacherError
-
-DIRECT = "direct"
+from kd_yolo.errors import TeacherError
+from kd_yolo.tasks.chain import DIRECT, stages_of
 
 
 def chain_of(config: ClassifyConfig) -> list[str]:
@@ -30,19 +29,8 @@ def chain_of(config: ClassifyConfig) -> list[str]:
     Raises:
         ConfigError: Fewer than three stages, or a key that a chain decides itself.
     """
-    if config.chain is None:
-        return []
-    given = config.chain if isinstance(config.chain, list) else config.chain.split(",")
-    stages = [str(name).strip() for name in given if str(name).strip()]
-    if len(stages) < 3:
-        raise ConfigError(
-            f"chain={','.join(stages)}: a chain has a teacher, at least one assistant and a student, as in "
-            "chain=yolo26s-cls.yaml,yolo26n-cls.yaml,lightnet-n-cls; for two use model= and teacher="
-        )
-    for key in ("model", "teacher"):
-        if key in config.model_fields_set and getattr(config, key) != ClassifyConfig.model_fields[key].default:
-            raise ConfigError(f"{key}= and chain= say the same thing; drop {key}=, the chain names every model")
-    return stages
+    example = "yolo26s-cls.yaml,yolo26n-cls.yaml,lightnet-n-cls"
+    return stages_of(config, config.chain, ("model", "teacher"), example=example)
 
 
 def check_chain(config: ClassifyConfig, stages: list[str], names: Mapping[int, str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import datetime
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,76 +13,34 @@ from ultralytics.nn.tasks import ClassificationModel
 
 from kd_yolo.checkpoints import serialize
 from kd_yolo.classify.checkpoints import load_classifier
-from kd_yolo.errors import ConfigError, ReparamError
+from kd_yolo.deployed import CHECK_IMAGES, DeployedFile, check_side, deploy_target, origin, sizes
+from kd_yolo.errors import ReparamError
 from kd_yolo.files import sha256, write_json, written_aside
 from kd_yolo.images import textured_images, to_canvas
-from kd_yolo.inference import count_convolutions, count_parameters
 from kd_yolo.nn.merging import TOLERANCE, MergeReport, max_errors, merge, rep_blocks
-from kd_yolo.provenance import find_recipe, foreign_to_stock, versions
-from kd_yolo.tables import PairReport
+from kd_yolo.provenance import foreign_to_stock
 
 # Of the deployed file against the training form, both in float64: what storing merged kernels in float32 costs.
 PROBABILITY_TOLERANCE = 1e-5
-CHECK_IMAGES = 4
-LARGEST_CHECK_CANVAS = 320
 
 
 @dataclass(frozen=True)
-class ClassifyDeployReport(PairReport):
+class ClassifyDeployReport(DeployedFile):
     """What was written and how it was proven.
 
     Attributes:
-        path: The deployed checkpoint.
-        provenance: The JSON file beside it.
-        source: The trained checkpoint.
-        source_sha256: Its hash.
-        sha256: Hash of the deployed checkpoint.
-        merge: The merge and its error in float64, whole network and worst block.
         probability_error: Largest difference of any class probability, deployed file against training form, in float64.
         probability_tolerance: Bound on it.
         check_canvas: Side in pixels at which it was measured.
-        check_images: Number of images it was measured on.
-        params_trained: Parameters of the training form.
-        params: Parameters of the deployed file, BatchNorm included.
-        params_fused: Parameters that run, after Ultralytics folds each BatchNorm while loading.
-        convolutions_trained: Convolutions of the training form.
-        convolutions: Convolutions of the deployed file.
-        names: Class names.
-        recipe: The distillation recipe of the run, or None.
-        versions: Versions of what made the file.
-        created: Local time, ISO 8601.
     """
 
-    path: Path
-    provenance: Path
-    source: Path
-    source_sha256: str
-    sha256: str
-    merge: MergeReport
     probability_error: float
     probability_tolerance: float
     check_canvas: int
-    check_images: int
-    params_trained: int
-    params: int
-    params_fused: int
-    convolutions_trained: int
-    convolutions: int
-    names: dict[int, str]
-    recipe: dict[str, Any] | None
-    versions: dict[str, str]
-    created: str
 
-    def rows(self) -> list[tuple[str, str]]:
-        """Return what people want to know first."""
+    def _apart(self) -> str:
         where = f"{self.check_images} images at {self.check_canvas} px, float64"
-        return [
-            ("deployed", str(self.path)),
-            ("parameters", f"{self.params_trained:,} trained, {self.params_fused:,} deployed"),
-            ("convolutions", f"{self.convolutions_trained} trained, {self.convolutions} deployed"),
-            ("merged blocks", f"{self.merge.blocks}, relative error {self.merge.relative_error:.1e}"),
-            ("against training form", f"{self.probability_error:.1e} in probability ({where})"),
-        ]
+        return f"{self.probability_error:.1e} in probability ({where})"
 
 
 def deploy_classifier(
@@ -107,24 +64,17 @@ def deploy_classifier(
     """
     source, checkpoint = load_classifier(model_path, trust=trust)
     path = Path(model_path).expanduser().absolute()
-    target = _target(path, out)
+    target = deploy_target(path, out)
     deployed, merged = merge_classifier(source)
     deployed.task, deployed.args = "classify", source.args
     digest = sha256(path)
     with written_aside(target) as aside:
         aside.write_bytes(serialize(deployed, checkpoint, {"task": "classify", "source_sha256": digest}))
         report = ClassifyDeployReport(
-            path=target,
-            provenance=target.with_suffix(".json"),
-            source=path,
             source_sha256=digest,
-            sha256=sha256(aside),
-            merge=merged,
-            recipe=find_recipe(path, checkpoint),
-            versions=versions(),
-            created=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            **origin(path, checkpoint, target, aside, merged),
             **_verify(aside, source),
-            **_count(source, deployed),
+            **sizes(source, deployed),
         )
         write_json(report.provenance, report.to_dict())
     return report
@@ -164,28 +114,6 @@ def logits(model: ClassificationModel, images: Tensor) -> Tensor:
     return output[1] if isinstance(output, (tuple, list)) else output
 
 
-def _count(source: ClassificationModel, deployed: ClassificationModel) -> dict[str, Any]:
-    return {
-        "params_trained": count_parameters(source),
-        "params": count_parameters(deployed),
-        "params_fused": count_parameters(copy.deepcopy(deployed).fuse(verbose=False)),
-        "convolutions_trained": count_convolutions(source),
-        "convolutions": count_convolutions(deployed),
-        "names": {int(key): str(value) for key, value in deployed.names.items()},
-    }
-
-
-def _target(source: Path, out: str | Path | None) -> Path:
-    if out is None:
-        return source.with_name(f"{source.stem}-deploy.pt")
-    target = Path(out).expanduser().absolute()
-    if target.suffix != ".pt":
-        raise ConfigError(f"out={out}: a deployed checkpoint ends in .pt; for other formats use export")
-    if target.resolve() == source.resolve():
-        raise ConfigError(f"out={out}: is the trained checkpoint itself; choose another name")
-    return target
-
-
 def _verify(path: Path, source: ClassificationModel) -> dict[str, Any]:
     """Load a written checkpoint under restrictions and compare it with the training form.
 
@@ -197,8 +125,7 @@ def _verify(path: Path, source: ClassificationModel) -> dict[str, Any]:
     if foreign:
         raise ReparamError(f"the deployed classifier still refers to {', '.join(foreign)}; nothing was written")
     loaded, _ = load_classifier(path)
-    imgsz = source.args.get("imgsz")
-    side = min(imgsz if isinstance(imgsz, int) and imgsz > 0 else LARGEST_CHECK_CANVAS, LARGEST_CHECK_CANVAS)
+    side = check_side(source)
     images = to_canvas(textured_images(CHECK_IMAGES), (side, side), 3).double()
     with torch.no_grad():
         reference = copy.deepcopy(source).double()

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor, nn
 
-from kd_yolo.distill.base import MethodArgs, at_least_float32
+from kd_yolo.distill.base import MethodArgs, at_least_float32, validate_args
 from kd_yolo.distill.ops.separation import separation_loss
 from kd_yolo.distill.ops.standardize import standardize_logits
 from kd_yolo.errors import ConfigError, nearest
@@ -154,18 +154,7 @@ def parse_args(name: str, args: Mapping[str, Any]) -> MethodArgs:
     Raises:
         ConfigError: An unknown or ill-typed argument; the message names it and the nearest known one.
     """
-    schema = load_method(name).Args
-    try:
-        return schema.model_validate(dict(args))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "arguments"
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(
-                f"method '{name}' has no argument '{key}'{nearest(key, schema.model_fields)} "
-                f"(known: {', '.join(schema.model_fields)})"
-            ) from error
-        raise ConfigError(f"method '{name}': {key}={first.get('input')!r}: {first['msg']}") from error
+    return validate_args(name, load_method(name).Args, args)
 
 
 def build_method(

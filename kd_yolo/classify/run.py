@@ -7,7 +7,6 @@ final student where every Ultralytics user looks for them.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,12 +23,12 @@ from kd_yolo.classify.phases import ClassifyPhase, run_phase
 from kd_yolo.classify.preflight import check_stock, check_teacher, device_of
 from kd_yolo.classify.settings import ClassifyConfig, resolve_method
 from kd_yolo.classify.student import resolve_classifier
-from kd_yolo.config import read_recipe, validate
+from kd_yolo.config import validate
 from kd_yolo.data.signals import train_defaults
 from kd_yolo.errors import ConfigError
-from kd_yolo.files import write_json, write_text, written_aside
+from kd_yolo.files import write_json, write_text
 from kd_yolo.resources import load_yaml
-from kd_yolo.tasks.run_folder import RUN_FILE, find_run, new_run_dir
+from kd_yolo.tasks.run_folder import RUN_FILE, find_run, new_run_dir, publish
 
 RESUMED = "resumed"
 """What stands for ``data`` where a run is resumed."""
@@ -89,7 +88,7 @@ def train_classify(
     else:
         teacher = None if config.teacher == "none" else Path(config.teacher)
         phases = [run_phase(run_dir, "student", resolve_classifier(config), teacher, plan)]
-    _publish(run_dir, phases[-1].name)
+    publish(run_dir, phases[-1].name)
     best = run_dir / "weights" / "best.pt"
     deployed = deploy_classifier(best, trust=config.trust)
     report = ClassifyReport(run_dir, best, phases, {"deployed": str(deployed.path)})
@@ -166,16 +165,3 @@ def _resumed(
         write_text(run_dir / RUN_FILE, yaml.safe_dump(plan, sort_keys=False))
     LOGGER.info(f"Resuming {run_dir}")
     return run_dir, plan
-
-
-def _publish(run_dir: Path, final: str) -> None:
-    """Copy the final student's files to where an Ultralytics run has them."""
-    source = run_dir / final
-    for relative in ("weights/best.pt", "weights/last.pt", "results.csv", "results.png"):
-        if (source / relative).is_file():
-            with written_aside(run_dir / relative) as aside:
-                shutil.copyfile(source / relative, aside)
-    recipe = run_dir / f"{final}.recipe.yaml"
-    if recipe.is_file() and read_recipe(recipe) is not None:
-        with written_aside(run_dir / "recipe.yaml") as aside:
-            shutil.copyfile(recipe, aside)

@@ -201,7 +201,20 @@ def parse_args(name: str, args: Mapping[str, Any]) -> MethodArgs:
         from kd_yolo.distill.combine import parse_combination
 
         return parse_combination(name, args)
-    schema = load_method(name).Args
+    return validate_args(name, load_method(name).Args, args)
+
+
+def validate_args(name: str, schema: type[MethodArgs], args: Mapping[str, Any]) -> MethodArgs:
+    """Validate the arguments of a method against its schema.
+
+    Args:
+        name: What messages call the method.
+        schema: Its arguments.
+        args: What was given.
+
+    Raises:
+        ConfigError: An unknown or ill-typed argument; the message names it and the nearest known one.
+    """
     try:
         return schema.model_validate(dict(args))
     except ValidationError as error:

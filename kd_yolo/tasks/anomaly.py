@@ -26,7 +26,7 @@ from kd_yolo.anomaly.dataset import CACHE_SHARE, AnomalyDataset, collate
 from kd_yolo.anomaly.layouts import AnomalySample
 from kd_yolo.anomaly.model import AnomalyModel
 from kd_yolo.errors import DistillationError
-from kd_yolo.tasks.detect import truncate_csv
+from kd_yolo.tasks.distilling import truncate_csv
 from kd_yolo.tasks.exact_resume import (
     load_state,
     prune_states,
@@ -138,7 +138,7 @@ class AnomalyTrainer(BaseTrainer):
         self._views = views
         self._targets: dict[str, dict[str, Tensor]] = {}
         self._resume_state: dict[str, Any] | None = None
-        self.steps_since_update, self.unlabeled = 0, None  # read by exact_resume
+        self.steps_since_update = 0  # read by exact_resume
         self.last: Path
         self.best: Path
         self._resuming = bool(overrides.pop("resume", False))

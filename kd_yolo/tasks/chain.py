@@ -8,11 +8,12 @@ answers: it has the same student, teacher, epochs and seed, and leaves the middl
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from ultralytics.utils import LOGGER
 
 from kd_yolo.checkpoints import load_model
@@ -30,22 +31,40 @@ def chain_of(config: TrainConfig) -> list[str]:
     """Return the models of a chain, or an empty list for a run without one.
 
     Raises:
+        ConfigError: Fewer than three stages, a key that a chain decides itself, or no method.
+    """
+    decided = ("model", "teacher", "teacher_model", "teacher_epochs", "generations")
+    stages = stages_of(config, config.chain, decided, example="yolo26s.yaml,lightnet-m,lightnet-s")
+    if stages and config.method == "none":
+        raise ConfigError("method=none and chain=: a chain is made of distillations; choose a method")
+    return stages
+
+
+def stages_of(config: BaseModel, chain: str | list[str] | None, decided: Sequence[str], example: str) -> list[str]:
+    """Read the models of ``chain=``, of any task; return an empty list for a run without one.
+
+    Args:
+        config: The run's keys.
+        chain: Its ``chain``: words with commas between them, or a list.
+        decided: Keys that a chain decides itself, which must then be as they are by default.
+        example: What a message shows for a chain.
+
+    Raises:
         ConfigError: Fewer than three stages, or a key that a chain decides itself.
     """
-    if config.chain is None:
+    if chain is None:
         return []
-    given = config.chain if isinstance(config.chain, list) else config.chain.split(",")
+    given = chain if isinstance(chain, list) else chain.split(",")
     stages = [str(name).strip() for name in given if str(name).strip()]
     if len(stages) < 3:
         raise ConfigError(
             f"chain={','.join(stages)}: a chain has a teacher, at least one assistant and a student, as in "
-            "chain=yolo26s.yaml,lightnet-m,lightnet-s; for two use model= and teacher="
+            f"chain={example}; for two use model= and teacher="
         )
-    for key in ("model", "teacher", "teacher_model", "teacher_epochs", "generations"):
-        if key in config.model_fields_set and getattr(config, key) != TrainConfig.model_fields[key].default:
+    known = type(config).model_fields
+    for key in decided:
+        if key in config.model_fields_set and getattr(config, key) != known[key].default:
             raise ConfigError(f"{key}= and chain= say the same thing; drop {key}=, the chain names every model")
-    if config.method == "none":
-        raise ConfigError("method=none and chain=: a chain is made of distillations; choose a method")
     return stages
 
 

@@ -24,7 +24,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from kd_yolo.files import written_aside
 
 if TYPE_CHECKING:
-    from kd_yolo.tasks.detect import KDTrainer
+    from kd_yolo.tasks.distilling import DistillingTrainer
 
 
 def state_path(weights_folder: Path, epoch: int) -> Path:
@@ -32,7 +32,7 @@ def state_path(weights_folder: Path, epoch: int) -> Path:
     return weights_folder / f"resume-{epoch}.pt"
 
 
-def save_state(trainer: KDTrainer) -> None:
+def save_state(trainer: DistillingTrainer) -> None:
     """Write the state file of the epoch just finished."""
     model = unwrap_model(trainer.model)
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -50,7 +50,7 @@ def save_state(trainer: KDTrainer) -> None:
         "balance_factors": dict(getattr(model, "balance_factors", {})),
         "random": _random_state(),
         "mosaic_buffer": list(getattr(dataset, "buffer", [])),
-        "unlabeled": trainer.unlabeled.fingerprint if trainer.unlabeled else None,
+        "unlabeled": _unlabeled_fingerprint(trainer),
     }
     with written_aside(state_path(trainer.wdir, trainer.epoch)) as aside:
         torch.save(state, aside)
@@ -73,7 +73,7 @@ def load_state(weights_folder: Path, epoch: int) -> dict[str, Any] | None:
     return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
-def restore_state(trainer: KDTrainer, state: dict[str, Any]) -> None:
+def restore_state(trainer: DistillingTrainer, state: dict[str, Any]) -> None:
     """Put a trainer that was set up for resume exactly where the stopped one was."""
     model = unwrap_model(trainer.model)
     model.load_state_dict(state["model"])
@@ -87,12 +87,12 @@ def restore_state(trainer: KDTrainer, state: dict[str, Any]) -> None:
     for index in state["mosaic_buffer"]:
         if dataset.ims[index] is None:
             dataset.load_image(index)  # refills the mosaic buffer in its old order; draws no random number
-    if trainer.unlabeled is not None and trainer.unlabeled.fingerprint != state.get("unlabeled"):
+    if _unlabeled_fingerprint(trainer) not in {None, state.get("unlabeled")}:
         LOGGER.warning("unlabeled images were added or removed since the run stopped: it does not go on exactly")
     LOGGER.info(f"Resuming exactly: live weights, optimizer, random streams of epoch {state['epoch'] + 1}")
 
 
-def restore_gradients_and_random(trainer: KDTrainer, state: dict[str, Any]) -> None:
+def restore_gradients_and_random(trainer: DistillingTrainer, state: dict[str, Any]) -> None:
     """Restore what the set-up of a run touches itself; called right before the first resumed epoch."""
     model = unwrap_model(trainer.model)
     for name, parameter in model.named_parameters():
@@ -110,7 +110,7 @@ def restore_gradients_and_random(trainer: KDTrainer, state: dict[str, Any]) -> N
         torch.cuda.set_rng_state_all(streams["cuda"])
 
 
-def replay_sampler(trainer: KDTrainer) -> None:
+def replay_sampler(trainer: DistillingTrainer) -> None:
     """Advance the training loader's sampler to where the stopped run had it.
 
     The order of images comes from a generator inside the loader whose state between epochs depends on details of
@@ -130,6 +130,12 @@ def replay_sampler(trainer: KDTrainer) -> None:
     if closing is not None and trainer.start_epoch > max(closing, 0):
         # The loop is about to close mosaic and reset the loader, which the stopped run did epochs ago.
         loader.reset = lambda: loader.__dict__.pop("reset")
+
+
+def _unlabeled_fingerprint(trainer: DistillingTrainer) -> str | None:
+    """Return what identifies a detection run's images without labels, or None; no other trainer has any."""
+    stream = getattr(trainer, "unlabeled", None)
+    return stream.fingerprint if stream is not None else None
 
 
 def _random_state() -> dict[str, Any]:

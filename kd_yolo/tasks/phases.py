@@ -8,24 +8,36 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils import LOGGER
-from ultralytics.utils.plotting import plot_results
 
 from kd_yolo.checkpoints import load_model
 from kd_yolo.config import Recipe, TrainConfig
 from kd_yolo.distill.teachers.build import prepare_merge
-from kd_yolo.errors import CheckpointError, ConfigError
+from kd_yolo.errors import ConfigError
 from kd_yolo.files import sha256, write_json, write_text
 from kd_yolo.images import dataset_names
 from kd_yolo.nn.student import StudentSpec
-from kd_yolo.resources import load_yaml
-from kd_yolo.tasks.detect import KDTrainer, strip_checkpoints
-from kd_yolo.tasks.exact_resume import load_state
+from kd_yolo.tasks.detect import KDTrainer
+from kd_yolo.tasks.phase_steps import (
+    DONE_FILE,
+    PhaseTask,
+    read_done,
+    teacher_hashes,
+    train_phase,
+    trainer_arguments,
+)
+from kd_yolo.tasks.run_folder import recipe_path
 
-DONE_FILE = "phase.json"
+DETECT = PhaseTask(
+    "detect",
+    KDTrainer,
+    DetectionValidator,
+    load_model,
+    validation_keys=("data", "imgsz", "batch", "device", "plots", "single_cls", "max_det"),
+    validation={"rect": False},
+)
 
 
 @dataclass(frozen=True)
@@ -65,58 +77,32 @@ class PhaseResult:
 
 
 def run_phase(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) -> PhaseResult:
-    """Run a phase, or take up where it was stopped, or return its recorded result."""
+    """Run a phase, or take up where it was stopped, or return its recorded result.
+
+    Raises:
+        TeacherError: A teacher's file changed since the phase began.
+        CheckpointError: It ended without a checkpoint.
+    """
     folder = run_dir / spec.name
-    done = folder / DONE_FILE
-    if done.is_file():
-        recorded = load_yaml(done)  # JSON is YAML
+    if recorded := read_done(folder):
         LOGGER.info(f"{spec.name}: already done, {recorded['fitness']:.4f}")
         return PhaseResult(**recorded)
     started = time.time()
-    last = folder / "weights" / "last.pt"
     arguments = _trainer_arguments(run_dir, spec, plan)
-    stage = _stage(last, trust=bool(plan["config"]["trust"]))
-    if stage == "trained":
-        LOGGER.info(f"{spec.name}: trained, finishing its evaluation")
-        metrics = _evaluate_finished(folder, arguments)
-    else:
-        if stage == "running":
-            arguments = {k: arguments[k] for k in ("distill_model", "data", "device") if k in arguments}
-            arguments = {**arguments, "resume": str(last), "save_dir": str(folder)}
-        LOGGER.info(f"{spec.name}: {'resuming' if stage == 'running' else 'starting'} in {folder}")
-        trainer = KDTrainer(overrides=arguments)
-        trainer.train()
-        metrics = _plain_metrics(trainer.metrics if not trainer.ddp else _metrics_of(trainer.best))
-    best = folder / "weights" / "best.pt"
-    if not best.is_file():
-        raise CheckpointError(f"{best}: the phase ended without a checkpoint; see the messages above")
-    result = PhaseResult(spec.name, _fitness(metrics), metrics, sha256(best), round(time.time() - started, 1))
-    write_json(done, asdict(result))
+    metrics = train_phase(folder, arguments, DETECT, trust=bool(plan["config"]["trust"]))
+    digest, seconds = sha256(folder / "weights" / "best.pt"), round(time.time() - started, 1)
+    result = PhaseResult(spec.name, _fitness(metrics), metrics, digest, seconds)
+    write_json(folder / DONE_FILE, asdict(result))
     return result
 
 
 def _trainer_arguments(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the files a phase reads and return the stock arguments of its trainer.
-
-    The files lie beside the phase folder, not in it: multi-GPU launch clears that folder.
-    """
-    student_file = run_dir / f"{spec.name}.model.yaml"
-    write_text(student_file, yaml.safe_dump(spec.student.cfg, sort_keys=False))
-    arguments: dict[str, Any] = {
-        **plan["stock"],
-        "task": "detect",
-        "mode": "train",
-        "model": str(student_file),
-        "pretrained": str(spec.student.weights) if spec.student.weights else False,
-        "data": plan["config"]["data"],
-        "project": str(run_dir),
-        "name": spec.name,
-        "exist_ok": True,
-    }
+    """Write the files a phase reads and return the stock arguments of its trainer."""
+    arguments = trainer_arguments(run_dir, spec.name, "detect", spec.student.cfg, spec.student.weights, plan)
     if spec.epochs is not None:
         arguments["epochs"] = spec.epochs
     if spec.teachers and plan["method"]["name"] != "none":
-        recipe_file = run_dir / f"{spec.name}.recipe.yaml"
+        recipe_file = recipe_path(run_dir, spec.name)
         recipe = _recipe(run_dir, spec, plan)
         write_text(recipe_file, yaml.safe_dump(recipe.model_dump(), sort_keys=False))
         data = Path(plan["config"]["data"])
@@ -128,7 +114,7 @@ def _trainer_arguments(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) 
 def _recipe(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) -> Recipe:
     """Return everything of ours that a phase's trainer must know."""
     method, config = plan["method"], TrainConfig.model_validate(plan["config"])
-    paths, hashes = [str(path) for path in spec.teachers], [sha256(path) for path in spec.teachers]
+    paths, hashes = [str(path) for path in spec.teachers], teacher_hashes(run_dir, spec.name, spec.teachers)
     several = len(paths) > 1
     # Beside the phase folder; each phase has another teacher, so each has another cache.
     cache_dir = config.cache_dir or str(run_dir / f"{spec.name}.teacher-cache")
@@ -150,48 +136,6 @@ def _recipe(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) -> Recipe:
         cache_gb=config.cache_gb,
         cache_dir=cache_dir if config.cache_teacher == "disk" else None,
     )
-
-
-def _stage(last: Path, trust: bool) -> str:
-    """Tell from the last checkpoint whether a phase has to start, resume or only be finished."""
-    if not last.is_file():
-        return "fresh"
-    _, checkpoint = load_model(last, trust=trust)
-    epoch = int(checkpoint.get("epoch", -1))
-    if epoch < 0:
-        return "trained"
-    state = load_state(last.parent, epoch)
-    planned = int(checkpoint["train_args"]["epochs"])
-    return "trained" if epoch + 1 >= planned or (state is not None and state["finished"]) else "running"
-
-
-def _evaluate_finished(folder: Path, arguments: Mapping[str, Any]) -> dict[str, float]:
-    """Do what is left of a phase whose last epoch is saved: strip, evaluate the best checkpoint, plot."""
-    strip_checkpoints(folder / "weights")
-    best = folder / "weights" / "best.pt"
-    keep = ("data", "imgsz", "batch", "device", "plots", "single_cls", "max_det")
-    chosen = {k: arguments[k] for k in keep if k in arguments}
-    validator = DetectionValidator(
-        save_dir=folder, args={**chosen, "model": str(best), "task": "detect", "mode": "val", "rect": False}
-    )
-    metrics = _plain_metrics(validator(model=str(best)))
-    if chosen.get("plots", True) and (folder / "results.csv").is_file():
-        plot_results(file=folder / "results.csv")
-    return metrics
-
-
-def _metrics_of(best: Path) -> dict[str, Any]:
-    _, checkpoint = load_model(best)
-    return dict(checkpoint.get("train_metrics") or {})
-
-
-def _plain_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        key: float(value)
-        for key, value in metrics.items()
-        if isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
-        if not key.startswith("val/")
-    }
 
 
 def _fitness(metrics: Mapping[str, float]) -> float:

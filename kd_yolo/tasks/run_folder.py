@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_yolo.config import read_recipe
 from kd_yolo.errors import ConfigError
-from kd_yolo.files import check_writable
+from kd_yolo.files import check_writable, written_aside
 from kd_yolo.resources import load_yaml
 
 RUN_FILE = "run.yaml"
@@ -68,6 +69,29 @@ def new_run_dir(stock: Mapping[str, Any], task: str = "detect", stale: Sequence[
             run_dir, number = project / f"{name}{number}", number + 1
     check_writable(run_dir)
     return run_dir
+
+
+def publish(run_dir: Path, final: str) -> None:
+    """Copy the final student's files to where an Ultralytics run has them, and its recipe beside them.
+
+    Args:
+        run_dir: The run's folder.
+        final: The folder in it of the phase that trained the student.
+    """
+    source = run_dir / final
+    for relative in ("weights/best.pt", "weights/last.pt", "results.csv", "results.png"):
+        if (source / relative).is_file():
+            with written_aside(run_dir / relative) as aside:
+                shutil.copyfile(source / relative, aside)
+    recipe = recipe_path(run_dir, final)
+    if recipe.is_file() and read_recipe(recipe) is not None:
+        with written_aside(run_dir / "recipe.yaml") as aside:
+            shutil.copyfile(recipe, aside)
+
+
+def recipe_path(run_dir: Path, phase: str) -> Path:
+    """Return where a phase's recipe lies: beside its folder, which a multi-GPU launch clears."""
+    return run_dir / f"{phase}.recipe.yaml"
 
 
 def project_of(stock: Mapping[str, Any], task: str) -> Path:

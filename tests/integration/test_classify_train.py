@@ -189,6 +189,18 @@ def test_train_classify__resumed_losses_equal_uninterrupted(
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
+def test_train_classify__stopped_before_its_result_was_recorded(keys: Build) -> None:
+    """All epochs are done: nothing is trained again, and the last validation gives the same figures."""
+    report = run(keys(epochs=1))
+    trained = losses(report.run_dir)
+    for path in (report.run_dir / "student" / "phase.json", report.run_dir / "report.json"):
+        path.unlink()
+    again = run({"data": "resumed", "resume": str(report.run_dir)})
+    assert again.phases[-1].top1 == report.phases[-1].top1
+    assert again.phases[-1].best_sha256 == sha256(again.run_dir / "student" / "weights" / "best.pt")
+    assert losses(again.run_dir) == trained
+
+
 def test_train_classify__resume_refuses_other_settings(keys: Build, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no unfinished run"):
         run({"data": "resumed", "resume": True, "project": str(tmp_path)})

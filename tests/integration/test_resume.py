@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kd_yolo.config import split_train_keys
-from kd_yolo.errors import ConfigError
-from kd_yolo.tasks.detect import KDTrainer, truncate_csv
+from kd_yolo.errors import ConfigError, TeacherError
+from kd_yolo.files import sha256
+from kd_yolo.tasks.detect import KDTrainer
+from kd_yolo.tasks.distilling import truncate_csv
 from kd_yolo.tasks.run_folder import find_run
 from kd_yolo.training import train
 
@@ -87,6 +92,47 @@ def test_train__resume_without_exact_state_differs(
         state.unlink()
     resumed = start({"data": "resumed", "resume": str(tmp_path / "cut")})
     assert losses(resumed, "student") != losses(whole, "student")
+
+
+def test_train__resume_refuses_a_teacher_that_changed(
+    train_keys: Callable[..., dict[str, Any]], tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tmp_path / "teacher.pt"
+    shutil.copyfile(tiny_teacher, teacher)
+    keys = train_keys(teacher=str(teacher), epochs=2, allow_weak_teacher=True)
+
+    def no_second_epoch(self: KDTrainer) -> None:
+        if self.epoch == 1:
+            raise PowerCutError
+
+    monkeypatch.setattr(KDTrainer, "_refuse_broken_distillation", no_second_epoch)
+    with pytest.raises(PowerCutError):
+        start({**keys, "name": "cut"})
+    monkeypatch.undo()
+
+    content = torch.load(teacher, weights_only=False)
+    torch.save({**content, "date": "another day"}, teacher)  # as good a teacher, but another file
+    for _ in range(2):  # the refusal must not make the new file the known one
+        with pytest.raises(TeacherError, match=r"teacher\.pt: changed since this run began") as caught:
+            start({"data": "resumed", "resume": str(tmp_path / "cut")})
+        assert "\n" not in str(caught.value)
+    shutil.copyfile(tiny_teacher, teacher)
+    resumed = start({"data": "resumed", "resume": str(tmp_path / "cut")})
+    assert len(losses(resumed, "student")) == 1 + 2
+
+
+def test_train__stopped_before_its_result_was_recorded(train_keys: Callable[..., dict[str, Any]]) -> None:
+    """All epochs are done: nothing is trained again, and the last validation gives the same figures."""
+    run_dir = start(train_keys(teacher="none", epochs=1))
+    done, trained = run_dir / "student" / "phase.json", losses(run_dir, "student")
+    recorded = json.loads(done.read_text())
+    for path in (done, run_dir / "report.json"):
+        path.unlink()
+    start({"data": "resumed", "resume": str(run_dir)})
+    again = json.loads(done.read_text())
+    assert again["fitness"] == pytest.approx(recorded["fitness"])
+    assert again["best_sha256"] == sha256(run_dir / "student" / "weights" / "best.pt")
+    assert losses(run_dir, "student") == trained
 
 
 @pytest.mark.slow

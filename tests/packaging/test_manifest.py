@@ -37,6 +37,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"bench"}),
     frozenset({"distill"}),
     frozenset({"tasks"}),
+    frozenset({"deployed"}),  # what the deployed files of all tasks are reported with
     frozenset({"deploy", "classify"}),
     frozenset({"export"}),  # what is exported is the deployed form
     frozenset({"training"}),
