@@ -3,7 +3,8 @@
     python benchmarks/neu_methods.py teacher=yolo26n-neu.pt pretrained=yolo26n.pt data=neu out=runs/neu-methods
 
 ``teacher`` is a yolo26n fine-tuned on NEU-DET for 16 epochs at canvas 128 (``kd-yolo train data=neu model=yolo26n.pt
-teacher=none imgsz=128 epochs=16 batch=32 close_mosaic=4``); the student, LightNet-n, starts from ``pretrained``.
+teacher=none imgsz=128 epochs=16 batch=32 close_mosaic=4``); the student, LightNet-n in the layout of
+``layouts/lightnet-n-shallow.yaml``, starts from ``pretrained``.
 
 - ``default``: plain training, Ultralytics' own loss (score-l2) and this project's default, five seeds. The winner is
   judged on the test split, once.
@@ -28,6 +29,7 @@ from kd_yolo.files import write_json, write_text
 
 HERE = Path(__file__).resolve().parent
 OWN = HERE / "methods"
+STUDENT = HERE / "layouts" / "lightnet-n-shallow.yaml"
 SETTING = {"imgsz": 128, "epochs": 8, "batch": 32, "cache": "ram", "close_mosaic": 2, "device": "cpu", "threads": 1}
 PARTS: dict[str, dict[str, Any]] = {
     "default": {
@@ -73,7 +75,7 @@ def main() -> None:
 def run(part: str, values: dict[str, Any], out: Path) -> CompareReport:
     """Run one comparison; all share the folder of runs."""
     keys, stock = split_compare_keys(
-        {**SETTING, "students": "lightnet-n", **PARTS[part], **values, "project": str(out.parent), "name": out.name}
+        {**SETTING, "students": str(STUDENT), **PARTS[part], **values, "project": str(out.parent), "name": out.name}
         | {"out": str(HERE / "neu_methods" / part)}
     )
     report = compare(keys, stock)

@@ -51,6 +51,10 @@ class TrainConfig(Strict):
     pseudo: bool = Field(default=False, description="take confident teacher boxes as labels of unlabeled images")
     pseudo_conf: float = Field(default=0.5, gt=0, lt=1, description="lowest confidence of such a box")
     pseudo_weight: float = Field(default=0.5, gt=0, le=1, description="weight of their loss against real labels")
+    teacher_imgsz: int | None = Field(default=None, ge=32, description="larger canvas of the teacher, pixels")
+    teacher_levels: Literal["position", "stride"] = Field(
+        default="stride", description="with teacher_imgsz: a level learns from that of its stride, or of its grid"
+    )
     cache_teacher: Literal["disk", "ram"] | None = Field(default=None, description="keep the teacher's answers")
     cache_gb: float = Field(default=4.0, gt=0, description="size limit of that cache, GB")
     cache_dir: str | None = Field(default=None, description="folder of the disk cache; default: in the run folder")
@@ -83,6 +87,8 @@ class Recipe(Strict):
     teacher: str | list[str] = Field(description="absolute path of the teacher's file, or of several")
     teacher_sha256: str | list[str]
     teacher_merge: Literal["mean", "per_class"] = "mean"
+    teacher_imgsz: int | None = None
+    teacher_levels: Literal["position", "stride"] = "stride"
     method: str
     args: dict[str, Any] = Field(default_factory=dict)
     schedule: dict[str, Any] = Field(default_factory=dict)

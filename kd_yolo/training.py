@@ -31,6 +31,7 @@ from kd_yolo.tasks.preflight import (
     teacher_files,
 )
 from kd_yolo.tasks.run_folder import RUN_FILE, find_run, new_run_dir, publish
+from kd_yolo.tasks.start import own_teacher, pretrained_peer, start_student
 from kd_yolo.tasks.unlabeled import check_unlabeled
 
 
@@ -93,12 +94,13 @@ def _started(
     data = resolve_dataset(config.data)
     stages = chain_of(config)
     student = resolve_stage(config, stages[-1]) if stages else resolve_student(config)
+    peer = None if stages else pretrained_peer(config, student)
     checked = check_training_inputs(config, stock, data, student)
     unlabeled = check_unlabeled(config, dict(stock))
     if stages:
         check_chain(config, stages, data, checked["imgsz"], method)
     elif config.teacher == "self" and method["name"] != "none":
-        check_own_teacher(method, student, resolve_student(config, teacher=True), data)
+        check_own_teacher(method, student, own_teacher(config, peer), data, config, checked["imgsz"])
     elif config.teacher not in {"self", "none"}:
         check_teacher(config, data, checked["imgsz"], student, method=method)
     run_dir = new_run_dir(stock)
@@ -115,6 +117,7 @@ def _started(
         },
         "stock": {**stock_arguments, "imgsz": checked["imgsz"]},
         "method": method,
+        "peer": str(peer) if peer else None,
     }
     write_text(run_dir / RUN_FILE, yaml.safe_dump(plan, sort_keys=False))
     return run_dir, plan
@@ -142,19 +145,22 @@ def _run_phases(run_dir: Path, plan: Mapping[str, Any]) -> list[PhaseResult]:
     if stages := chain_of(config):
         return run_chain(run_dir, plan, config, stages)
     student = resolve_student(config)
+    peer = Path(plan["peer"]) if plan.get("peer") else None
     results: list[PhaseResult] = []
     teachers: tuple[Path, ...] = ()
     if config.teacher == "self" and plan["method"]["name"] != "none":
-        spec = PhaseSpec("teacher", resolve_student(config, teacher=True), config.teacher_epochs)
-        results.append(run_phase(run_dir, spec, plan))
+        spec = PhaseSpec("teacher", own_teacher(config, peer), config.teacher_epochs)
+        imgsz = config.teacher_imgsz or plan["stock"]["imgsz"]
+        results.append(run_phase(run_dir, spec, {**plan, "stock": {**plan["stock"], "imgsz": imgsz}}))
         teachers = (run_dir / "teacher" / "weights" / "best.pt",)
         check_teacher(config, Path(config.data), plan["stock"]["imgsz"], student, teachers[0], results[-1].metrics)
     elif config.teacher not in {"self", "none"}:
         teachers = teacher_files(config)
+    student, defaults = start_student(run_dir, "student", student, teachers, peer, plan)
     best: PhaseResult | None = None
     for generation in range(1, config.generations + 1):
         name = "student" if generation == 1 else f"student-{generation}"
-        spec = PhaseSpec(name, student, None, teachers)
+        spec = PhaseSpec(name, student, None, teachers, defaults)
         result = run_phase(run_dir, spec, plan)
         results.append(result)
         if best is not None and result.fitness <= best.fitness:

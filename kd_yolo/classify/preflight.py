@@ -16,7 +16,7 @@ from kd_yolo.classify.phases import TOP1, validate_classifier
 from kd_yolo.classify.settings import ClassifyConfig
 from kd_yolo.config import stock_keys
 from kd_yolo.errors import ConfigError, TeacherError
-from kd_yolo.tasks.preflight import check_canvas
+from kd_yolo.tasks.canvas import check_canvas
 
 CANVAS = 224
 STRIDE = 32

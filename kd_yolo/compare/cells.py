@@ -19,6 +19,7 @@ from kd_yolo.config import TrainConfig, split_train_keys, stock_keys
 from kd_yolo.files import sha256
 from kd_yolo.nn.student import StudentSpec
 from kd_yolo.tasks.preflight import check_training_inputs, resolve_method, resolve_student
+from kd_yolo.tasks.start import narrowed_defaults, pretrained_peer, start_source
 
 TEACHER = "self-teacher"
 NO_METHOD: dict[str, Any] = {"name": "none", "args": {}, "schedule": {}, "balance": None}
@@ -79,7 +80,8 @@ class CellBuilder:
         self, keys: CompareKeys, common: Mapping[str, Any], parts: Sequence[Part], teachers: Sequence[Path]
     ) -> None:
         self.keys, self.common, self.parts = keys, common, parts
-        self.hashes = [sha256(path) for path in teachers]
+        self.files, self.hashes = list(teachers), [sha256(path) for path in teachers]
+        self._starts: dict[str, dict[str, Any]] = {}
         self.pairs: list[Pair] = []
         self.teacher = keys.teacher if keys.teacher in {"self", "none"} else ",".join(map(str, teachers))
 
@@ -161,11 +163,22 @@ class CellBuilder:
         names = STUDENT_OPTIONS if method == "none" else (*STUDENT_OPTIONS, *TEACHER_OPTIONS)
         options = {key: value for key, value in self.keys.options.items() if key in names}
         given: dict[str, Any] = {"data": str(part.file), "model": model, "teacher": teacher, "method": method}
-        if self.keys.pretrained is not True:
-            given["pretrained"] = absolute_word(self.keys.pretrained) if self.keys.pretrained else False
+        given |= self._start(model)
         if options.get("unlabeled"):
             options["unlabeled"] = str(Path(str(options["unlabeled"])).expanduser().absolute())
         return {**given, **options, **self.common, "seed": seed, "export": "none", "benchmark": False}
+
+    def _start(self, model: str) -> dict[str, Any]:
+        """Return the warm start of a student's runs, the same for all, and what its origin changes in their recipe."""
+        if model not in self._starts:
+            given: dict[str, Any] = {}
+            if self.keys.pretrained is not True:
+                given["pretrained"] = absolute_word(self.keys.pretrained) if self.keys.pretrained else False
+            config = TrainConfig(data=str(self.parts[0].file), model=model, **given)
+            spec = resolve_student(config)
+            found = start_source(config, spec, self.files, pretrained_peer(config, spec))
+            self._starts[model] = {"pretrained": str(found[0]), **narrowed_defaults()} if found else given
+        return self._starts[model]
 
     def _checked(self, model: str) -> StudentSpec:
         """Return a student's structure and warm start, with every argument of its runs checked."""

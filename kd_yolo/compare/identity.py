@@ -25,7 +25,16 @@ SHOWN = 10
 # Stock arguments that decide where and how a run is watched, not what it learns.
 UNIMPORTANT = {"project", "name", "exist_ok", "verbose", "plots", "save_period", "mode", "task", "model", "data"}
 UNIMPORTANT |= {"pretrained", "resume", "save_dir", "device", "val", "save", "profile", "distill_model"}
-OPTIONS = ("teacher_merge", "unlabeled_ratio", "pseudo", "pseudo_conf", "pseudo_weight", "cache_teacher")
+OPTIONS = (
+    "teacher_merge",
+    "teacher_imgsz",
+    "teacher_levels",
+    "unlabeled_ratio",
+    "pseudo",
+    "pseudo_conf",
+    "pseudo_weight",
+    "cache_teacher",
+)
 
 
 def address_of(

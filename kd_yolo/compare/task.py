@@ -40,6 +40,8 @@ DETECT = CompareTask(
     ("reparam", "trust"),
     (
         "teacher_merge",
+        "teacher_imgsz",
+        "teacher_levels",
         "unlabeled",
         "unlabeled_ratio",
         "pseudo",

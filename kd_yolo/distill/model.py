@@ -127,13 +127,12 @@ class KDModel(DistillationModel):
         """Compute the detection loss and, in training, the named distillation losses.
 
         Args:
-            batch: A training batch, ``img`` (B, 3, H, W) in 0..1; perhaps ``unlabeled``, (U, 3, H, W): more images,
-                which only the distillation terms see.
+            batch: A training batch, ``img`` (B, 3, H, W) in 0..1; perhaps ``unlabeled``, (U, 3, H, W), which only the
+                distillation terms see, or ``teacher_img``, the same views on the teacher's canvas.
             preds: The student's predictions in validation; None in training.
 
         Returns:
-            The loss vector (stock terms, then one per distillation term), multiplied by B as stock losses are, and all
-            terms by name, not multiplied.
+            The loss vector (stock terms, then ours), times B as stock losses are, and all terms by name, without it.
 
         Raises:
             DistillationError: The first step's self-check failed.
@@ -150,13 +149,14 @@ class KDModel(DistillationModel):
         reads = self.reads | {"scores", "boxes"} if more is not None and self.pseudo else self.reads
         self._assigned.watch(self.student_model)
         with torch.no_grad():  # before the student, so that the teacher's activations are gone when the student's peak
-            teacher = self._teacher[0].taps(everything, reads, self.strides, self.projector.hold)
+            teacher = self._teacher[0].taps(
+                batch.get("teacher_img", everything), reads, self.strides, self.projector.hold
+            )
         with held_in_head(detect_head(self.student_model), self.projector.hold if "head" in self.reads else 0) as held:
             preds = self.student_model(everything)
         self._held = held
-        regular, items = self.student_model.loss(
-            batch, preds if more is None else take_images(preds, slice(len(images)))
-        )
+        labelled = preds if more is None else take_images(preds, slice(len(images)))
+        regular, items = self.student_model.loss(batch, labelled)
         pseudo = regular.new_zeros(())
         if more is not None:
             batch, pseudo = self._add_unlabeled(batch, everything, preds, teacher)

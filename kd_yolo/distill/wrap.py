@@ -13,9 +13,12 @@ from kd_yolo.distill.base import build_method
 from kd_yolo.distill.model import KDModel
 from kd_yolo.distill.taps import common_strides, describe, head_strides
 from kd_yolo.distill.teachers.build import build_teacher
+from kd_yolo.distill.teachers.scaled import ScaledTeacher
 
 
-def wrap_student(student: DetectionModel, recipe: Recipe, names: Mapping[int, str], seed: int = 0) -> KDModel:
+def wrap_student(
+    student: DetectionModel, recipe: Recipe, names: Mapping[int, str], seed: int = 0, imgsz: int | None = None
+) -> KDModel:
     """Put a student beside its recipe's teacher or teachers.
 
     The global random streams are left as they were, so that a recipe whose weights are all zero repeats plain training.
@@ -25,6 +28,7 @@ def wrap_student(student: DetectionModel, recipe: Recipe, names: Mapping[int, st
         recipe: What to distil and how.
         names: The data set's class names.
         seed: Seed of the method's adapters.
+        imgsz: The student's canvas in pixels; needed when the teacher has another.
 
     Raises:
         CheckpointError: The teacher file is missing, truncated, foreign or of another task.
@@ -33,6 +37,8 @@ def wrap_student(student: DetectionModel, recipe: Recipe, names: Mapping[int, st
     """
     with torch.random.fork_rng(devices=[]):
         teacher = build_teacher(recipe, names, student)
+        if recipe.teacher_imgsz is not None and imgsz is not None:
+            teacher = ScaledTeacher(teacher, recipe.teacher_imgsz, imgsz, recipe.teacher_levels)
         strides = common_strides(head_strides(student), teacher.strides)
         method = build_method(
             recipe.method, recipe.args, describe(student, strides), teacher.describe(strides), seed=seed

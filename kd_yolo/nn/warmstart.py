@@ -15,6 +15,7 @@ PROBE_PX = 256  # canvas for reading each layer's resolution; a multiple of ever
 
 # Where a layer sits: backbone, neck or head; the kind of its row and the path inside it; output side at PROBE_PX.
 Role = tuple[str, str, int]
+Row = dict[Role, tuple[str, nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -46,32 +47,50 @@ class WarmStartReport:
 
 @torch.no_grad()
 def warm_start(model: DetectionModel, source: DetectionModel) -> WarmStartReport:
-    """Copy every layer of ``source`` that has the role and shape of one in ``model``, in the order of both networks.
+    """Copy every layer of ``source`` that has the role and shape of one in ``model``, row by row.
 
     A layer's role is its part of the network, the kind of YAML row it belongs to with its path inside that row, and the
     resolution of its output: a backbone's stride-2 convolution is inherited by one of the same stride and channels, an
     SPPF by an SPPF, a head's branch by the same branch; never a stride-8 filter at stride 32, and never a part of some
-    block by a plain row that happens to have its shape but sees other features. A ``RepBlock`` takes a convolution into
-    its dense branch, with its other branches starting at nothing, so that it computes what the source layer computed. A
-    poor match is no error: the report says how little was inherited.
+    block by a plain row that happens to have its shape but sees other features. A row takes all it can from one row,
+    the one that fits most of it, for the layers of a block only work together; a row is taken once. A ``RepBlock``
+    takes a convolution into its dense branch, with its other branches starting at nothing, so that it computes what the
+    source layer computed. A poor match is no error: the report says how little was inherited.
 
     Args:
         model: The student, changed in place.
         source: A pretrained detector of any structure with stock layers.
     """
-    sources = _layers(source)
-    used: set[str] = set()
+    targets, sources = _rows(model), _rows(source)
+    unused = dict(sources)
     layers: dict[str, str] = {}
     parameters = 0
-    for name, (target, role) in _layers(model).items():
-        for other, (candidate, other_role) in sources.items():
-            if other not in used and role == other_role and _shape(target) == _shape(candidate):
+    for row in targets.values():
+        best = max(unused, key=lambda index: _fitting(row, unused[index]), default=None)
+        if best is None or _fitting(row, unused[best]) == 0:
+            continue
+        for role, (name, target) in row.items():
+            other, candidate = unused[best].get(role, ("", target))
+            if other and _shape(target) == _shape(candidate):
                 _copy(target, candidate)
-                used.add(other)
                 layers[name] = other
                 parameters += sum(p.numel() for p in target.parameters())
-                break
+        del unused[best]
     return WarmStartReport(layers, parameters, sum(p.numel() for p in model.parameters()))
+
+
+def _rows(model: DetectionModel) -> dict[int, Row]:
+    """Return the layers of every row of a detector by role."""
+    rows: dict[int, Row] = {}
+    for name, (module, role) in _layers(model).items():
+        rows.setdefault(int(name.split(".")[1]), {})[role] = (name, module)
+    return dict(sorted(rows.items()))
+
+
+def _fitting(target: Row, source: Row) -> int:
+    """Return how many parameters of a row another could give it."""
+    pairs = [(module, source[role][1]) for role, (_, module) in target.items() if role in source]
+    return sum(sum(p.numel() for p in mine.parameters()) for mine, theirs in pairs if _shape(mine) == _shape(theirs))
 
 
 def _layers(model: DetectionModel) -> dict[str, tuple[nn.Module, Role]]:

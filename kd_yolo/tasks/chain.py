@@ -23,6 +23,7 @@ from kd_yolo.nn.student import StudentSpec
 from kd_yolo.resources import load_yaml
 from kd_yolo.tasks.phases import PhaseResult, PhaseSpec, run_phase
 from kd_yolo.tasks.preflight import check_own_teacher, check_teacher, resolve_student
+from kd_yolo.tasks.start import pretrained_peer, start_student
 
 DIRECT = "direct"
 
@@ -127,8 +128,7 @@ def run_chain(run_dir: Path, plan: Mapping[str, Any], config: TrainConfig, stage
         teacher = first = _stage(run_dir, plan, config, stages, 0, None, results)
     for number in range(1, len(stages)):
         if number == len(stages) - 1:
-            control = PhaseSpec(DIRECT, resolve_stage(config, stages[-1]), None, (first,))
-            results.append(run_phase(run_dir, control, plan))
+            results.append(run_phase(run_dir, _spec(run_dir, plan, config, DIRECT, stages[-1], (first,)), plan))
         if results and number > 1:
             student = resolve_stage(config, stages[number])
             check_teacher(config, data, imgsz, student, teacher, _metrics_of(results, number - 1))
@@ -157,10 +157,19 @@ def _stage(
     results: list[PhaseResult],
 ) -> Path:
     name = stage_name(number, stages[number])
-    spec = PhaseSpec(name, resolve_stage(config, stages[number]), None, (teacher,) if teacher else ())
+    spec = _spec(run_dir, plan, config, name, stages[number], (teacher,) if teacher else ())
     results.append(run_phase(run_dir, spec, plan))
     return run_dir / name / "weights" / "best.pt"
 
 
 def _metrics_of(results: list[PhaseResult], number: int) -> dict[str, float]:
     return next(r.metrics for r in results if r.name.startswith(f"stage{number + 1}-"))
+
+
+def _spec(
+    run_dir: Path, plan: Mapping[str, Any], config: TrainConfig, name: str, model: str, teachers: tuple[Path, ...]
+) -> PhaseSpec:
+    """Return a phase; its student starts from the pretrained detector, not from its teacher, as its control does."""
+    student = resolve_stage(config, model)
+    started, defaults = start_student(run_dir, name, student, (), pretrained_peer(config, student), plan)
+    return PhaseSpec(name, started, None, teachers, defaults)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 from torch import nn
+from torch.nn.functional import interpolate
 from ultralytics.data import build_yolo_dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG, RANK
@@ -52,10 +54,14 @@ class KDTrainer(DistillingTrainer, DetectionTrainer):
         """Build a data set; validation uses the training canvas.
 
         Stock validation pads rectangular batches to one stride more, so that 224 is judged at 256 while an exported
-        file runs at 224.
+        file runs at 224. Training views are drawn on the teacher's canvas when that is larger.
         """
         stride = max(int(unwrap_model(self.model).stride.max()), 32)
-        return build_yolo_dataset(self.args, img_path, batch, self.data, mode=mode, rect=False, stride=stride)
+        args = self.args
+        if mode == "train" and self._teacher_imgsz is not None:
+            args = copy(args)
+            args.imgsz = self._teacher_imgsz
+        return build_yolo_dataset(args, img_path, batch, self.data, mode=mode, rect=False, stride=stride)
 
     def auto_batch(self) -> int:
         """Find the batch size with the teacher in the measured step."""
@@ -70,8 +76,11 @@ class KDTrainer(DistillingTrainer, DetectionTrainer):
             self.model = model
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Count the batch, set the schedule and add unlabeled images; otherwise as stock."""
+        """Count the batch, set the schedule, fit the student's canvas, add unlabeled images; otherwise as stock."""
         batch = super().preprocess_batch(batch)
+        if self._teacher_imgsz is not None:
+            batch["teacher_img"] = batch["img"]
+            batch["img"] = interpolate(batch["img"], (self.args.imgsz, self.args.imgsz), mode="bilinear")
         if self.unlabeled is not None and unwrap_model(self.model).uses_unlabeled:
             batch["unlabeled"] = self.unlabeled.join(batch["img"])
         return batch
@@ -87,11 +96,16 @@ class KDTrainer(DistillingTrainer, DetectionTrainer):
             self.unlabeled.close()
         super().final_eval()
 
+    @property
+    def _teacher_imgsz(self) -> int | None:
+        """Canvas of the teacher when it is not the student's, pixels."""
+        return self.recipe.teacher_imgsz if self.recipe is not None else None
+
     def _restored(self, student: nn.Module) -> nn.Module:
         return self.get_model(cfg=student.yaml, weights=student, verbose=RANK in {-1, 0})
 
     def _wrapped(self, student: Any, recipe: Recipe) -> KDModel:
-        model = wrap_student(student, recipe, self.data["names"], seed=self.args.seed)
+        model = wrap_student(student, recipe, self.data["names"], self.args.seed, self.args.imgsz)
         if recipe.unlabeled is not None and recipe.pseudo:
             model.label_with_teacher(PseudoLabels(recipe.pseudo_conf, recipe.pseudo_weight))
         return model

@@ -49,12 +49,14 @@ class PhaseSpec:
         student: What is trained.
         epochs: Epochs, or None for the run's.
         teachers: Files to distil from; none for labels only.
+        defaults: Stock arguments for what the user did not give.
     """
 
     name: str
     student: StudentSpec
     epochs: int | None
     teachers: tuple[Path, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,10 @@ def run_phase(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) -> PhaseR
 
 def _trainer_arguments(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Write the files a phase reads and return the stock arguments of its trainer."""
-    arguments = trainer_arguments(run_dir, spec.name, "detect", spec.student.cfg, spec.student.weights, plan)
+    stock = {**spec.defaults, **plan["stock"]}
+    arguments = trainer_arguments(
+        run_dir, spec.name, "detect", spec.student.cfg, spec.student.weights, {**plan, "stock": stock}
+    )
     if spec.epochs is not None:
         arguments["epochs"] = spec.epochs
     if spec.teachers and plan["method"]["name"] != "none":
@@ -122,6 +127,8 @@ def _recipe(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) -> Recipe:
         teacher=paths if several else paths[0],
         teacher_sha256=hashes if several else hashes[0],
         teacher_merge=config.teacher_merge,
+        teacher_imgsz=None if config.teacher_imgsz == plan["stock"]["imgsz"] else config.teacher_imgsz,
+        teacher_levels=config.teacher_levels,
         method=method["name"],
         args=method["args"],
         schedule=method["schedule"],

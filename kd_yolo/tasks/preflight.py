@@ -20,7 +20,7 @@ from kd_yolo.distill.schedule import Schedule
 from kd_yolo.distill.taps import common_strides, describe, head_strides
 from kd_yolo.distill.teacher import map_classes
 from kd_yolo.distill.teachers.base import Teacher
-from kd_yolo.distill.teachers.build import TeacherFile, open_teacher
+from kd_yolo.distill.teachers.build import open_teacher
 from kd_yolo.distill.teachers.cache import check_repeating_views
 from kd_yolo.distill.teachers.detect import DetectTeacher
 from kd_yolo.distill.teachers.several import SeveralTeachers
@@ -29,6 +29,7 @@ from kd_yolo.errors import ConfigError, TeacherError
 from kd_yolo.images import dataset_names
 from kd_yolo.nn.student import StudentSpec, student_spec
 from kd_yolo.resources import find, load_yaml
+from kd_yolo.tasks.canvas import check_canvas, check_file_canvas, check_teacher_canvas, on_canvas
 
 WEAK_TEACHER_MAP50 = 0.05
 
@@ -108,23 +109,9 @@ def check_training_inputs(
     if stock.get("epochs") is not None and int(stock["epochs"]) < 1:
         raise ConfigError(f"epochs={stock['epochs']}: at least 1 is needed")
     check_cache(config, stock)
+    check_teacher_canvas(config, stock, imgsz)
     validate_for_training(data)
     return {"imgsz": imgsz}
-
-
-def check_canvas(imgsz: Any, stride: int) -> None:
-    """Refuse a canvas that the network would silently change.
-
-    Raises:
-        ConfigError: Not a positive whole number, or not a multiple of the stride.
-    """
-    if isinstance(imgsz, bool) or not isinstance(imgsz, int) or imgsz <= 0:
-        raise ConfigError(f"imgsz={imgsz}: a positive whole number of pixels is needed, for example imgsz=224")
-    if imgsz % stride:
-        lower = max(imgsz // stride, 1) * stride
-        raise ConfigError(
-            f"imgsz={imgsz} is not a multiple of the model's largest stride {stride}; use {lower} or {lower + stride}"
-        )
 
 
 def check_teacher(
@@ -158,14 +145,16 @@ def check_teacher(
     for file in (path,) if path else teacher_files(config):
         found = open_teacher(file, trust=config.trust)
         members.append((found, found.make(map_classes(names, found.names))))
+        check_canvas(config.teacher_imgsz or imgsz, max(members[-1][1].strides))
         common_strides(head_strides(network), members[-1][1].strides)
-        _check_teacher_canvas(config, found, imgsz)
+        check_file_canvas(config, found, imgsz)
     teachers = [teacher for _, teacher in members]
     merged = teachers[0] if len(teachers) == 1 else SeveralTeachers(teachers, len(names))
     if method is not None:
-        check_method(method, merged, network)
+        check_method(method, on_canvas(config, merged, imgsz), network)
+    canvas = config.teacher_imgsz or imgsz
     for found, teacher in members:  # last, for it takes a pass over the validation data
-        _check_strength(config, found.path, metrics or _teacher_metrics(teacher, names, data, imgsz))
+        _check_strength(config, found.path, metrics or _teacher_metrics(teacher, names, data, canvas))
 
 
 def check_method(method: Mapping[str, Any], teacher: Teacher, student: DetectionModel) -> None:
@@ -185,15 +174,31 @@ def check_method(method: Mapping[str, Any], teacher: Teacher, student: Detection
     teacher.check_reads(method["name"], built.reads)
 
 
-def check_own_teacher(method: Mapping[str, Any], student: StudentSpec, teacher: StudentSpec, data: Path) -> None:
+def check_own_teacher(
+    method: Mapping[str, Any],
+    student: StudentSpec,
+    teacher: StudentSpec,
+    data: Path,
+    config: TrainConfig | None = None,
+    imgsz: int = 0,
+) -> None:
     """Refuse a method that cannot work with a teacher that the run trains itself, before it is trained.
+
+    Args:
+        method: What ``resolve_method`` returned.
+        student: What will be trained.
+        teacher: What is trained before it.
+        data: Ready data YAML.
+        config: The run's configuration, for a teacher on another canvas.
+        imgsz: The student's canvas, pixels.
 
     Raises:
         TeacherError: The two share no level.
         ConfigError: The method cannot work with these two.
     """
     classes = len(dataset_names(data))
-    check_method(method, DetectTeacher(teacher.build(nc=classes)), student.build(nc=classes))
+    ready: Teacher = DetectTeacher(teacher.build(nc=classes))
+    check_method(method, on_canvas(config, ready, imgsz) if config else ready, student.build(nc=classes))
 
 
 def check_cache(config: TrainConfig, stock: Mapping[str, Any]) -> None:
@@ -207,23 +212,6 @@ def check_cache(config: TrainConfig, stock: Mapping[str, Any]) -> None:
     if config.method == "none" or config.teacher == "none":
         raise ConfigError(f"cache_teacher={config.cache_teacher} has no effect without a teacher; drop it")
     check_repeating_views(stock)
-
-
-def _check_teacher_canvas(config: TrainConfig, found: TeacherFile, imgsz: int) -> None:
-    """Refuse a teacher that takes another canvas, or was trained on another and is not allowed to."""
-    if found.canvas is not None and found.canvas != (imgsz, imgsz):
-        height, width = found.canvas
-        hint = f"set imgsz={height}, or " if height == width else ""
-        raise TeacherError(
-            f"{found.path}: its canvas is fixed at {height}x{width}, this run is at {imgsz}; {hint}export it again "
-            "with dynamic=true"
-        )
-    trained_at = found.trained_at
-    if trained_at not in {None, imgsz} and not config.allow_other_canvas:
-        raise TeacherError(
-            f"{found.path}: trained at imgsz={trained_at}, this run is at {imgsz}; set imgsz={trained_at}, train a "
-            f"teacher at {imgsz}, or pass allow_other_canvas=true"
-        )
 
 
 def _teacher_metrics(teacher: Teacher, names: Mapping[int, str], data: Path, imgsz: int) -> dict[str, float]:

@@ -14,7 +14,7 @@ from kd_yolo.resources import load_yaml
 
 RUN_FILE = "run.yaml"
 REPORT_FILE = "report.json"
-PHASES = ("teacher", "direct", "student*", "stage*-*", "*.teacher-cache")
+PHASES = ("teacher", "direct", "student*", "stage*-*", "*.teacher-cache", "*.start.*")
 """Folders that hold the progress of a run."""
 
 

@@ -21,6 +21,7 @@ from kd_yolo.data.signals import SignalsKeys
 from kd_yolo.errors import ConfigError
 from kd_yolo.measured import measured_methods
 from kd_yolo.resources import builtin_root, find
+from kd_yolo.tasks.start import narrowed_defaults
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -42,6 +43,9 @@ def test_yaml__every_shipped_file_is_valid(path: Path) -> None:
     kind = path.parent.relative_to(builtin_root()).as_posix()
     if kind == "measured":
         assert measured_methods().methods
+        return
+    if kind == "train":
+        assert set(narrowed_defaults()) <= set(stock_keys())
         return
     if "/" not in kind:
         assert find(kind, path.stem) == path

@@ -37,11 +37,12 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"bench"}),
     frozenset({"distill"}),
     frozenset({"tasks"}),
+    frozenset({"pretrain"}),  # a student's start from unlabeled images
     frozenset({"deployed"}),  # what the deployed files of all tasks are reported with
     frozenset({"deploy", "classify"}),
     frozenset({"export"}),  # what is exported is the deployed form
     frozenset({"training"}),
-    frozenset({"api", "doctor", "data_commands", "compare"}),
+    frozenset({"api", "doctor", "data_commands", "start_commands", "compare"}),
     frozenset({"inspection"}),  # judging and looking at images with anomaly models, beside detectors or alone
     frozenset({"demo", "command_keys"}),
     frozenset({"commands", "info_commands", "command_table"}),

@@ -13,6 +13,7 @@ import pytest
 from test_bench_report import report, row
 
 from kd_yolo.bench.writing import public
+from kd_yolo.compare.report import CompareReport, Row
 from kd_yolo.errors import ConfigError, KDYoloError
 
 FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"
@@ -104,3 +105,25 @@ def test_public__names_and_no_folders() -> None:
     found = public(report(row("/somewhere/private/best.pt", 1), data="/somewhere/private/neu.yaml", files=["/x/y"]))
     assert "private" not in json.dumps(found.to_dict())
     assert (found.rows[0].artifact, found.data) == ("best.pt", "neu.yaml")
+
+
+def test_neu_table__rows_against_stock_paired_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = load("neu_table", monkeypatch)
+
+    def made(student: str, method: str, points: dict[int, float]) -> Row:
+        values = {"mAP50-95": list(points.values()), "mAP50": [2 * v for v in points.values()]}
+        return Row(student, method, values, [(seed, None) for seed in points], test=values)
+
+    stock = made("yolo26n", "none", {0: 28.0, 1: 30.0, 2: 29.0})
+    better = made("lightnet-s", "kd-lightnet", {2: 32.0, 0: 30.0, 1: 34.0})  # another order of seeds, on purpose
+    reports = {
+        name: CompareReport({}, rows, [], [], [], []) for name, rows in (("stock", [stock]), ("lightnet", [better]))
+    }
+    text = table.markdown(reports, "test")
+    line = next(line for line in text.splitlines() if "lightnet-s" in line)
+    # differences 2, 4, 3: mean 3, sd 1, half width 4.303 / sqrt(3) = 2.48
+    assert "| +3.0 | +0.5 to +5.5 |" in line
+    assert "| teacher | kd-lightnet | 3 | 32.0 ± 2.0 | 64.0 ± 4.0 |" in line
+    assert "| yolo26n | COCO | none | 3 | 29.0 ± 1.0 | 58.0 ± 2.0 |" in text
+    assert table.against(made("x", "none", {7: 30.0}), stock, "test") == ["", ""]
+    assert set(table.PARTS) >= {"stock", "lightnet", "more epochs"}

@@ -22,10 +22,10 @@ from kd_yolo.nn.lightnet import build_lightnet, build_model, count_deployed
 from kd_yolo.nn.merging import merge, rep_blocks
 
 NAMES = ("lightnet-n", "lightnet-s", "lightnet-m")
-BUDGET = {"lightnet-n": (2.4e6, 60), "lightnet-s": (4.7e6, 60), "lightnet-m": (10e6, 80)}
+BUDGET = {"lightnet-n": (2.4e6, 90), "lightnet-s": (4.7e6, 90), "lightnet-m": (10e6, 80)}
 # Least deployed parameters: what the latency bars leave, not a share of the budget (docs/models.md, Latency). Below it
 # a layout has lost a stage.
-FLOOR = {"lightnet-n": 1.0e6, "lightnet-s": 2.8e6, "lightnet-m": 7.0e6}
+FLOOR = {"lightnet-n": 0.9e6, "lightnet-s": 1.9e6, "lightnet-m": 7.0e6}
 # Bounds on deployed GFLOPs over YOLO26n's. They stand for latency, which no unit test can time: at these layouts both
 # ratios were measured together and agree to about 0.1, with lightnet-n below 0.67 and lightnet-s below 1.0.
 COST = {"lightnet-n": 0.62, "lightnet-s": 1.0}

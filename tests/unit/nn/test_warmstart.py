@@ -79,7 +79,7 @@ def test_warm_start__other_classes_leave_only_the_last_layers() -> None:
 @pytest.mark.parametrize("name", ["yolo26n.yaml", "yolo11n.yaml", "yolov8n.yaml"])
 def test_warm_start__lightnet_takes_layers_of_the_same_role(name: str) -> None:
     source = stock_model(name, nc=80)
-    target = build_lightnet("lightnet-n", 6)
+    target = build_lightnet("lightnet-m", 6)
     before = copy.deepcopy(target.state_dict())
     images = random_images(target, imgsz=64).float()
     report = warm_start(target.eval(), source)
@@ -99,8 +99,8 @@ def test_warm_start__lightnet_takes_layers_of_the_same_role(name: str) -> None:
     assert not untouched
 
 
-# Share of the training parameters that a COCO-pretrained yolo26n gives; measured 0.901, 0.355 and 0.142.
-SHARE = {"lightnet-n": 0.88, "lightnet-s": 0.33, "lightnet-m": 0.13}
+# Share of the training parameters that a COCO-pretrained yolo26n gives by role and shape alone.
+SHARE = {"lightnet-s": 0.85, "lightnet-m": 0.13}
 
 
 @pytest.mark.parametrize("name", SHARE)

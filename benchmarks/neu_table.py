@@ -1,0 +1,143 @@
+"""Does the default beat stock Ultralytics on NEU-DET? Every row of the README's table, by ``kd-yolo compare``.
+
+    python benchmarks/neu_table.py weights=yolo26n.pt weights11=yolo11n.pt teacher=yolo26n-neu.pt data=neu
+
+``teacher`` is a yolo26n fine-tuned on NEU-DET's training split at the same canvas (``kd-yolo train data=neu
+model=yolo26n.pt teacher=none imgsz=128 epochs=40 batch=32 close_mosaic=10``). All rows of a seed have the same student
+epochs, canvas, batch and data; stock rows have Ultralytics' own recipe, the others the default one. Starts:
+
+- ``COCO``: the pretrained file; ``teacher``: the teacher itself, which has seen the labels for its own epochs. So the
+  rows that start there are compared with the teacher trained on for as many epochs, too.
+
+Choices are made on validation; ``test=true`` judges every run on the test split, once, and writes the table. Runs are
+content-addressed: call again, with more seeds or on another day, and only the rest is done. Other keys: parts=, seeds=,
+epochs=, imgsz=, batch=, device=, threads=, jobs=, engine=ray, out=.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kd_yolo.compare.report import CompareReport, Row
+from kd_yolo.compare.run import compare
+from kd_yolo.compare.settings import split_compare_keys
+from kd_yolo.compare.statistics import compare_pairs
+from kd_yolo.config import parse_pairs, refuse_unknown
+from kd_yolo.files import write_json, write_text
+from kd_yolo.tables import markdown_table
+
+HERE = Path(__file__).resolve().parent
+SETTING: dict[str, Any] = {
+    "data": "neu",
+    "seeds": "0,1,2,3,4",
+    "imgsz": 128,
+    "epochs": 8,
+    "batch": 32,
+    "cache": "ram",
+    "close_mosaic": 2,
+    "device": "cpu",
+    "threads": 1,
+}
+PARTS: dict[str, dict[str, Any]] = {
+    "stock": {"students": "weights", "methods": "none,score-l2"},
+    "lightnet": {"students": "lightnet-n,lightnet-s", "methods": "none,kd-lightnet", "pretrained": "teacher"},
+    "more epochs": {"students": "teacher", "methods": "none"},
+    "from COCO": {"students": "lightnet-n,lightnet-s", "methods": "none,kd-lightnet", "pretrained": "weights"},
+    "surgery": {"students": "weights", "methods": "none,kd-lightnet", "reparam": "qarep"},
+    "yolo11n": {"students": "weights11", "methods": "none,score-l2"},
+}
+FILES = ("weights", "weights11", "teacher")
+BASELINE = ("stock", "none")
+METRICS = ("mAP50-95", "mAP50")
+
+
+def main() -> None:
+    """Run what is missing; with ``test=true`` judge it on the test split and write ``neu_table.json`` and ``.md``."""
+    values: dict[str, Any] = {**SETTING, "out": "runs/neu-table", "parts": ",".join(PARTS), **parse_pairs(sys.argv[1:])}
+    refuse_unknown(values, [*SETTING, *FILES, "out", "parts", "test", "jobs", "engine", "address"], "neu_table.py")
+    out, chosen = Path(str(values.pop("out"))).resolve(), str(values.pop("parts")).split(",")
+    test = bool(values.pop("test", False))
+    files = {name: str(values.pop(name)) for name in FILES if name in values}
+    reports = {part: run(part, files, values, out, test) for part in chosen}
+    text = markdown(reports, "test" if test else "val")
+    print(text)
+    if test:
+        content = {part: {k: v for k, v in report.to_dict().items() if k in KEPT} for part, report in reports.items()}
+        write_json(HERE / "neu_table.json", content)
+        write_text(HERE / "neu_table.md", text + "\n")
+
+
+KEPT = ("setting", "rows", "notes")
+
+
+def run(part: str, files: dict[str, str], values: dict[str, Any], out: Path, test: bool) -> CompareReport:
+    """Run one comparison; all share the folder of runs."""
+    wanted = {key: files.get(str(value), value) for key, value in PARTS[part].items()}
+    given = {**values, **wanted, "teacher": files["teacher"] if "," in wanted["methods"] else "none"}
+    place = {"project": str(out.parent), "name": out.name, "out": str(out / "reports" / part.replace(" ", "-"))}
+    judged = {"test": True, "test_methods": wanted["methods"]} if test else {}
+    keys, stock = split_compare_keys({**given, **place, **judged})
+    report = compare(keys, stock)
+    if line := report.failure_line():
+        sys.exit(line)
+    return report
+
+
+def markdown(reports: dict[str, CompareReport], split: str) -> str:
+    """Return the table: every row against stock, by seed."""
+    rows = [(part, row) for part, report in reports.items() for row in report.rows]
+    base = next((row for part, row in rows if (part, row.method) == BASELINE), None)
+    header = ["student", "start", "method", "seeds", *METRICS, "against stock", "95 % interval"]
+    lines = [[*described(part, row), *figures(row, split), *against(row, base, split)] for part, row in rows]
+    return markdown_table(header, lines)
+
+
+def described(part: str, row: Row) -> list[str]:
+    """Return what a row is, in words."""
+    start = {"lightnet": "teacher", "more epochs": "teacher"}.get(part, "COCO")
+    student = "yolo26n" if part in {"stock", "more epochs"} else "yolo26n, qarep" if part == "surgery" else row.student
+    return ["yolo11n" if part == "yolo11n" else student, start, row.method]
+
+
+def results(row: Row, metric: str, split: str) -> list[float]:
+    """Return a row's points on a split, by seed."""
+    return (row.test if split == "test" else row.values).get(metric, [])
+
+
+def figures(row: Row, split: str) -> list[str]:
+    """Return the number of runs, and mean and deviation of each metric."""
+    return [str(len(results(row, METRICS[0], split))), *(spread(results(row, metric, split)) for metric in METRICS)]
+
+
+def spread(points: Sequence[float]) -> str:
+    """Return mean ± sd (n - 1)."""
+    if not points:
+        return ""
+    mean = sum(points) / len(points)
+    if len(points) == 1:
+        return f"{mean:.1f}"
+    sd = (sum((x - mean) ** 2 for x in points) / (len(points) - 1)) ** 0.5
+    return f"{mean:.1f} ± {sd:.1f}"
+
+
+def against(row: Row, base: Row | None, split: str) -> list[str]:
+    """Return the mean difference from the baseline, paired by seed, and its t interval."""
+    if base is None or row is base:
+        return ["", ""]
+    by_seed = dict(zip([place[0] for place in base.places], results(base, METRICS[0], split), strict=False))
+    pairs = [
+        (value, by_seed[place[0]])
+        for place, value in zip(row.places, results(row, METRICS[0], split), strict=False)
+        if place[0] in by_seed
+    ]
+    if len(pairs) < 2:
+        return [f"{pairs[0][0] - pairs[0][1]:+.1f}" if pairs else "", ""]
+    found = compare_pairs([a for a, _ in pairs], [b for _, b in pairs], 0.95, 0.5)
+    return [f"{found.mean:+.1f}", f"{found.t_low:+.1f} to {found.t_high:+.1f}"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""``kd-yolo pretrain``: a small network learns stage by stage, without labels, what a pretrained one computes."""
