@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         task = "".join(f"{word} " for word in words if word.startswith("task="))
-        hint = f"; go on with: kd-yolo train {task}resume=true" if words[0] == "train" else ""
+        hint = {
+            "train": f"; go on with: kd-yolo train {task}resume=true",
+            "pretrain": "; the same command again goes on",
+        }.get(words[0], "")
         print(f"kd-yolo: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:

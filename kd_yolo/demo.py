@@ -26,11 +26,15 @@ def run_demo(project: str = "runs/demo", **given: Any) -> tuple[str, dict[str, A
         The closing text with the table, and plain data.
     """
     from kd_yolo.api import KDYOLO
+    from kd_yolo.nn.student import student_spec
+    from kd_yolo.tasks.start import inherits
     from kd_yolo.training import train
 
     started = time.time()
     data = resolve_dataset("steel-synth")
     keys = {**DEFAULTS, **SHORT_RUN, **given, "data": str(data), "project": project, "name": "steel-synth"}
+    if inherits(student_spec(str(keys["model"])).cfg) is not None:
+        keys |= {"teacher_model": "yolo26n.yaml"}  # the wide network, from random weights; the student takes it over
     keys |= {"cache": "ram", "close_mosaic": 2 * int(keys["epochs"]) // 5, "device": "cpu", "teacher": "self"}
     config, stock, groups = split_train_keys(keys)
     report = train(config, stock, groups)

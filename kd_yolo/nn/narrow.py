@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from kd_yolo.nn.refit import refit
 MIN_IMAGES = 8
 HELD_OUT = 8  # one of so many images measures the result and is not fitted
 CHUNK = 16  # images that the source sees at a time
-MAX_PIXELS = 8_000_000  # of all fitted images with their mirror images; about MEMORY of feature maps
+MAX_PIXELS = 8_000_000  # of all fitted images with their mirror images; about 1 GB of feature maps
 IMPORTANT = 32  # images that the choice of channels looks at
 
 
@@ -40,8 +39,9 @@ class NarrowReport:
         inherited: Parameters of the target that were sliced from the source, before the refit.
         images: Images the refit read.
         held_out: Further images, on which the errors are measured.
-        before: Squared error of each map that enters the head, over the variance of the source's map at the same
-            channels, with slicing alone; by level, finest first.
+        before: Squared error of each map that enters the head, over the variance of the source's at the same channels,
+            with slicing alone; by level, finest first. Each channel varies around its own mean, so that 1 is what a
+            constant map would get.
         after: The same after the refit.
         seconds: Time it took.
     """
@@ -115,25 +115,27 @@ def narrow(
     _check_images(source, images)
     parameter, training = next(target.parameters()), target.training
     device, dtype = parameter.device, parameter.dtype
-    work = images.to(
-        device if device.type == "cuda" else "cpu",  # others lack float64
-        torch.float64 if dtype == torch.float64 else torch.float32,
-    )
+    large, work = _prepared(target, source, images)
     fitted, measured = _split(work)
-    large: DetectionModel = copy.deepcopy(source).to(work).eval()
-    large = merge(large, check=False)[0] if rep_blocks(large) else large
-    target.to(work).eval()
     walk = Narrowing(_importance(large, fitted[:: max(1, len(fitted) // IMPORTANT)]))
     channels = _fill(target, large, rows, walk)
     before = _errors(target, large, channels, measured)
     _refit(target, large, walk.sites, torch.cat([fitted, fitted.flip(3)]), ridge, seed)
     after = _errors(target, large, channels, measured)
-    if not all(map(math.isfinite, after)):
-        raise ModelError("the source computes values that are not finite on these images; it cannot be reproduced")
     target.to(device, dtype).train(training)
     sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (source, target)]
     seconds = time.perf_counter() - started
     return NarrowReport(sizes[0], sizes[1], walk.inherited, len(fitted), len(measured), before, after, seconds)
+
+
+def _prepared(target: DetectionModel, source: DetectionModel, images: Tensor) -> tuple[DetectionModel, Tensor]:
+    """Return a merged copy of the source, and the images, where the target can be fitted; the target goes there too."""
+    parameter = next(target.parameters())
+    device = parameter.device if parameter.device.type == "cuda" else "cpu"  # others lack float64
+    work = images.to(device, torch.float64 if parameter.dtype == torch.float64 else torch.float32)
+    large: DetectionModel = copy.deepcopy(source).to(work).eval()
+    target.to(work).eval()
+    return (merge(large, check=False)[0] if rep_blocks(large) else large), work
 
 
 def _check_networks(target: DetectionModel, source: DetectionModel, rows: Sequence[int]) -> None:
@@ -260,10 +262,7 @@ def _refit(
 
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         site = known[module]
-        taken = samples.take(site, inputs[0])
-        if taken is None:
-            raise ModelError(f"{site.label} does not fit: it works on a map of another size than the source's")
-        refit(site, inputs[0], *taken, ridge)
+        refit(site, inputs[0], *samples.take(site), ridge)
 
     handles = [module.register_forward_pre_hook(before) for module in known]
     try:
@@ -287,9 +286,10 @@ def _hooks(pairs: Iterable[tuple[nn.Module, Callable[[nn.Module, Any, Tensor], N
 def _errors(
     target: DetectionModel, source: DetectionModel, channels: Sequence[Channels], images: Tensor
 ) -> tuple[float, ...]:
-    """Return the squared error of each map that enters the head, over the variance of the source's."""
+    """Return the squared error of each map that enters the head, over the variance of the source's channels."""
     errors = []
     for one, other, chosen in zip(_features(source, images), _features(target, images), channels, strict=True):
         expected = one[:, chosen.source.to(one.device)]
-        errors.append(float((other - expected).square().mean() / expected.var()))
+        variance = expected.var((0, 2, 3), correction=0).mean()
+        errors.append(float((other - expected).square().mean() / variance))
     return tuple(errors)

@@ -55,6 +55,8 @@ class Narrowing(BlockWalk):
             return self._conv(source, target, inputs)
         if type(target) is Bottleneck and type(source) is nn.Sequential and _attends(source):
             return self._module(source[0], target, inputs)  # the attention behind it is left out
+        if type(source) is type(target) is nn.Upsample:
+            self._same(source, target, "size", "scale_factor", "mode")
         return super()._module(source, target, inputs)
 
     def _conv(self, source: Any, target: Any, inputs: Channels, outputs: Channels | None = None) -> Channels:

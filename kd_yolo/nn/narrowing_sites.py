@@ -83,20 +83,9 @@ class Samples:
         """The modules of the source whose outputs ``note`` must see."""
         return list(self._sites)
 
-    def take(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the positions (R,) in (image, y, x) order and the outputs (R, O) of a site, and forget the latter.
-
-        Args:
-            site: The convolution.
-            x: (N, C, H, W) what the narrow network reads there.
-
-        Returns:
-            None where the source wrote a map of another size.
-        """
-        size = output_size(convolution(site.target), x)
-        if size != self._sizes[site.end]:
-            return None
-        return self._positions[size], torch.cat(self._kept.pop(site.end))
+    def take(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Return the positions (R,) in (image, y, x) order and the outputs (R, O) of a site, and forget the latter."""
+        return self._drawn(*self._sizes[site.end]), torch.cat(self._kept.pop(site.end))
 
     def note(self, module: nn.Module, inputs: object, output: Tensor) -> None:
         """Keep what is drawn of the outputs of the next images; a forward hook."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from ultralytics.nn.modules import Conv
 
+from kd_yolo.errors import ModelError
 from kd_yolo.nn.blocks import RepBlock
 from kd_yolo.nn.narrowing_sites import Site, convolution, geometry, output_size
 
@@ -32,7 +33,12 @@ def refit(site: Site, x: Tensor, positions: Tensor, expected: Tensor, ridge: flo
         positions: (R,) positions in (image, y, x) order of the convolution's output.
         expected: (R, O) the source's outputs there, before the activation.
         ridge: Pull towards the sliced weights, over the mean square of a patch's entry.
+
+    Raises:
+        ModelError: The source's outputs are not finite.
     """
+    if not bool(torch.isfinite(expected).all()):
+        raise ModelError(f"{site.label}: the source computes values there that are not finite on these images")
     kernel, bias = site.affine()
     if not site.depthwise:
         fitted = fit_dense(_patches(site, x, positions), expected, kernel.flatten(1), bias, ridge)

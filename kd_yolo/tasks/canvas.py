@@ -48,13 +48,18 @@ def check_teacher_canvas(config: TrainConfig, stock: Mapping[str, Any], imgsz: i
     if wanted == imgsz:
         return
     for key, value in (
-        ("unlabeled", config.unlabeled),
-        ("chain", config.chain),
-        ("multi_scale", stock.get("multi_scale")),
-        ("generations", config.generations > 1),  # from the second on the teacher is a student of the small canvas
+        ("unlabeled=", config.unlabeled),
+        ("chain=", config.chain),
+        ("multi_scale=", stock.get("multi_scale")),
+        ("generations=", config.generations > 1),  # from the second on the teacher is a student of the small canvas
+        ("teacher_merge=per_class and several teachers", config.teacher_merge == "per_class" and "," in config.teacher),
     ):
         if value:
-            raise ConfigError(f"teacher_imgsz= and {key}= do not go together; drop one of them")
+            raise ConfigError(f"teacher_imgsz= and {key} do not go together; drop one of them")
+    if float(stock.get("batch", 16)) < 1:
+        raise ConfigError(
+            f"batch={stock['batch']}: not with teacher_imgsz=; give a number of images, for example batch=16"
+        )
 
 
 def on_canvas(config: TrainConfig, teacher: Teacher, imgsz: int) -> Teacher:

@@ -7,7 +7,7 @@ from ultralytics.nn.tasks import DetectionModel
 
 from kd_yolo.errors import ModelError
 from kd_yolo.nn.lightnet import build_model
-from kd_yolo.pretrain.stages import Adapters, Cut, find_cuts, run_rows, stage_losses
+from kd_yolo.pretrain.stages import Adapters, Cut, find_cuts, run_rows, settle_batchnorm, stage_losses
 
 ONE_LEVEL = {
     "nc": 2,
@@ -121,7 +121,7 @@ def test_stage_losses__forced_gradients_stay_in_their_stage(peer: DetectionModel
     adapters = Adapters(cuts)
     for forced in (True, False):
         student.zero_grad()
-        stage_losses(student, peer, adapters, cuts, some_images(), forced)["backbone/16"].backward()
+        stage_losses(student, peer, adapters, cuts, some_images(), forced)["backbone/16"].backward()  # type: ignore[no-untyped-call]
         reached = {int(name.split(".")[1]) for name, p in student.named_parameters() if p.grad is not None}
         assert reached == ({5, 6} if forced else set(range(7)))
 
@@ -182,3 +182,29 @@ def test_fit__leaves_identities_alone(peer: DetectionModel) -> None:
     adapters = Adapters(cuts)
     adapters.fit(peer, peer, cuts, [some_images()])
     assert not list(adapters.parameters())
+
+
+@torch.no_grad()
+def test_settle_batchnorm__evaluation_then_computes_what_training_does(peer: DetectionModel) -> None:
+    """On one batch both differ only by the unbiased variance; a fresh network is far off, and its adapters with it."""
+    torch.manual_seed(4)
+    fresh = build_model("lightnet-n", nc=3).eval()
+    images = some_images(8, 128)
+    cuts = find_cuts(fresh, peer)
+
+    def after_fit() -> float:
+        adapters = Adapters(cuts)
+        adapters.fit(fresh.eval(), peer, cuts, [images])
+        losses = stage_losses(fresh.train(), peer, adapters, cuts, images, forced=False)
+        return max(float(loss) for loss in losses.values())
+
+    twin = {name: value.clone() for name, value in fresh.state_dict().items()}
+    unsettled = after_fit()
+    fresh.load_state_dict(twin)
+    momenta = [m.momentum for m in fresh.modules() if isinstance(m, nn.BatchNorm2d)]
+    settle_batchnorm(fresh.eval(), [images])
+    assert not fresh.training
+    assert [m.momentum for m in fresh.modules() if isinstance(m, nn.BatchNorm2d)] == momenta
+    assert all(torch.equal(twin[name], value) for name, value in fresh.named_parameters())
+    settled = after_fit()
+    assert settled < 0.5 * unsettled, (settled, unsettled)

@@ -167,7 +167,11 @@ def test_narrow_on_images__canvas_is_bounded(tiny_data: Path, save: Save) -> Non
 
 def test_compare__all_runs_of_a_student_have_one_start(tiny_data: Path, save: Save, tmp_path: Path) -> None:
     teacher = save("big.pt")
-    keys = {"data": str(tiny_data), "students": "lightnet-n,yolo26n.yaml", "methods": "none,kd-lightnet"}
+    keys: dict[str, Any] = {
+        "data": str(tiny_data),
+        "students": "lightnet-n,yolo26n.yaml",
+        "methods": "none,kd-lightnet",
+    }
     keys |= {"teacher": str(teacher), "seeds": "0,1", "epochs": 1, "imgsz": 64, "project": str(tmp_path)}
     laid = plan(*split_compare_keys(keys))
     light = [cell.job for cell in laid.cells if cell.student == "lightnet-n"]
