@@ -80,7 +80,7 @@ def narrow(
     source: DetectionModel,
     rows: Sequence[int],
     images: Tensor,
-    ridge: float = 3e-2,
+    ridge: float = 1e-2,
     seed: int = 0,
 ) -> NarrowReport:
     """Let a narrower detector take over the weights of a pretrained one, without labels and without gradients.
@@ -113,8 +113,7 @@ def narrow(
     started = time.perf_counter()
     _check_networks(target, source, rows)
     _check_images(source, images)
-    parameter, training = next(target.parameters()), target.training
-    device, dtype = parameter.device, parameter.dtype
+    device, dtype, training = next(target.parameters()).device, next(target.parameters()).dtype, target.training
     large, work = _prepared(target, source, images)
     fitted, measured = _split(work)
     walk = Narrowing(_importance(large, fitted[:: max(1, len(fitted) // IMPORTANT)]))
@@ -124,8 +123,8 @@ def narrow(
     after = _errors(target, large, channels, measured)
     target.to(device, dtype).train(training)
     sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (source, target)]
-    seconds = time.perf_counter() - started
-    return NarrowReport(sizes[0], sizes[1], walk.inherited, len(fitted), len(measured), before, after, seconds)
+    counts = (sizes[0], sizes[1], walk.inherited, len(fitted), len(measured))
+    return NarrowReport(*counts, before, after, time.perf_counter() - started)
 
 
 def _prepared(target: DetectionModel, source: DetectionModel, images: Tensor) -> tuple[DetectionModel, Tensor]:

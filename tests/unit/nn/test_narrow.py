@@ -21,7 +21,7 @@ from kd_yolo.nn import narrow as narrowing
 from kd_yolo.nn import narrowing_blocks
 from kd_yolo.nn import refit as refitting
 from kd_yolo.nn.blocks import RepBlock
-from kd_yolo.nn.growing_channels import Channels, repeated
+from kd_yolo.nn.growing_channels import Channels, joined, repeated
 from kd_yolo.nn.lightnet import build_model
 from kd_yolo.nn.merging import max_errors, random_images, raw_outputs
 from kd_yolo.nn.narrow import NarrowReport, narrow
@@ -197,6 +197,30 @@ def test_narrow__float32_and_half_targets(source: DetectionModel) -> None:
         assert all(after < before for before, after in zip(report.before, report.after, strict=True))
 
 
+def with_dead_channels(name: str, width: float, kept: float) -> DetectionModel:
+    """Return a network in which every channel that a narrower one would leave out is always 0."""
+    model = network(name, width)
+    walk = Narrowing(narrowing._importance(model, pictures(8)))
+    with torch.no_grad():
+        narrowing._fill(network(name, kept, seed=1), model, range(len(model.model)), walk)
+        for site in walk.sites:
+            if isinstance(site.source, Conv):
+                dead = torch.ones(site.outputs.width, dtype=torch.bool)
+                dead[site.outputs.source] = False
+                site.source.bn.weight[dead] = 0.0
+                site.source.bn.bias[dead] = 0.0
+    return model
+
+
+@pytest.mark.parametrize(("name", "width", "kept"), [("yolov8n.yaml", 0.125, 0.09375), ("yolo26n.yaml", 0.25, 0.125)])
+def test_narrow__dead_channels_are_left_out_and_nothing_is_lost(name: str, width: float, kept: float) -> None:
+    # halves, shortcuts, pools, concatenations over rows, depthwise convolutions, and with YOLO26 one of two heads
+    model, target = with_dead_channels(name, width, kept), network(name, kept, seed=1)
+    report = narrow(target, model, range(len(model.model)), pictures(8))
+    assert max(report.before) < 1e-18
+    assert difference(model, target) < 1e-9
+
+
 def test_narrow__whole_heads_of_an_attention_are_kept() -> None:
     model, target = network(width=0.25), network(width=0.125, seed=1)  # 2 heads of 64 channels to 1
     walk = Narrowing(narrowing._importance(model, pictures(8)))
@@ -236,6 +260,16 @@ def elsewhere(site: Any, x: Tensor, positions: Tensor, expected: Tensor, ridge: 
     refit(site, x, positions, expected.roll(len(expected) // 3, 0), ridge)
 
 
+def joined_in_turn(parts: list[Channels]) -> Channels:
+    """Take the first channels of a concatenation, whichever its parts chose."""
+    return repeated(sum(part.width for part in parts), sum(len(part) for part in parts))
+
+
+def halves_swapped(parts: list[Channels]) -> Channels:
+    """Concatenate in another order."""
+    return joined(parts[::-1])
+
+
 @pytest.mark.parametrize("wrong", [shuffled, elsewhere])
 def test_narrow__errors_show_a_wrong_refit(
     wrong: Callable[..., None],
@@ -250,16 +284,14 @@ def test_narrow__errors_show_a_wrong_refit(
     assert all(bad > 3 * good for bad, good in zip(report.after, narrowed[1].after, strict=True))
 
 
-def test_narrow__errors_show_a_slice_of_other_inputs(
-    narrowed: tuple[DetectionModel, NarrowReport, list[int]], source: DetectionModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("wrong", [joined_in_turn, halves_swapped])
+def test_narrow__dead_channels_show_a_wrong_slice(
+    wrong: Callable[..., Channels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(parts: list[Channels]) -> Channels:
-        return repeated(sum(part.width for part in parts), sum(len(part) for part in parts))
-
+    model = with_dead_channels("yolov8n.yaml", 0.125, 0.09375)
     monkeypatch.setattr(narrowing_blocks, "joined", wrong)
-    target, rows = student()
-    report = narrow(target, source, rows, pictures(32))
-    assert max(report.after) > 2 * max(narrowed[1].after)
+    report = narrow(network("yolov8n.yaml", 0.09375, seed=1), model, range(len(model.model)), pictures(8))
+    assert max(report.before) > 0.1
 
 
 # What does not fit.
