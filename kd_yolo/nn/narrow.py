@@ -100,7 +100,7 @@ def narrow(
             width and size may be left out between them.
         images: (N, C, H, W) in 0..1, N at least 8, sides multiples of the largest stride; no labels are needed. One of
             eight is not fitted but measures the result. More than MAX_PIXELS are thinned out evenly.
-        ridge: Pull towards the sliced weights, see ``fit_dense``.
+        ridge: Pull towards the sliced weights, see ``fit_dense``; with 16 images or fewer, 3e-2 generalises better.
         seed: Seed of the drawn positions.
 
     Returns:
