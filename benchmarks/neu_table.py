@@ -7,7 +7,7 @@ model=yolo26n.pt teacher=none imgsz=128 epochs=40 batch=32 close_mosaic=10``). A
 epochs, canvas, batch and data; stock rows have Ultralytics' own recipe, the others the default one. Starts:
 
 - ``COCO``: the pretrained file; ``teacher``: the teacher itself, which has seen the labels for its own epochs. So the
-  rows that start there are compared with the teacher trained on for as many epochs, too.
+  rows that start there are compared with the teacher trained on for as many epochs, too, with and without mosaics.
 
 Choices are made on validation; ``test=true`` judges every run on the test split, once, and writes the table. Runs are
 content-addressed: call again, with more seeds or on another day, and only the rest is done. Other keys: parts=, seeds=,
@@ -45,6 +45,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "stock": {"students": "weights", "methods": "none,score-l2"},
     "lightnet": {"students": "lightnet-n,lightnet-s", "methods": "none,kd-lightnet", "pretrained": "teacher"},
     "more epochs": {"students": "teacher", "methods": "none"},
+    "more epochs, no mosaic": {"students": "teacher", "methods": "none", "mosaic": 0.0},
     "from COCO": {"students": "lightnet-n,lightnet-s", "methods": "none,kd-lightnet", "pretrained": "weights"},
     "surgery": {"students": "weights", "methods": "none,kd-lightnet", "reparam": "qarep"},
     "yolo11n": {"students": "weights11", "methods": "none,score-l2"},
@@ -97,9 +98,10 @@ def markdown(reports: dict[str, CompareReport], split: str) -> str:
 
 def described(part: str, row: Row) -> list[str]:
     """Return what a row is, in words."""
-    start = {"lightnet": "teacher", "more epochs": "teacher"}.get(part, "COCO")
-    student = "yolo26n" if part in {"stock", "more epochs"} else "yolo26n, qarep" if part == "surgery" else row.student
-    return ["yolo11n" if part == "yolo11n" else student, start, row.method]
+    start = "teacher" if part == "lightnet" or part.startswith("more epochs") else "COCO"
+    named = {"stock": "yolo26n", "surgery": "yolo26n, qarep", "yolo11n": "yolo11n", "more epochs": "yolo26n"}
+    named["more epochs, no mosaic"] = "yolo26n, no mosaic"
+    return [named.get(part, row.student), start, row.method]
 
 
 def results(row: Row, metric: str, split: str) -> list[float]:

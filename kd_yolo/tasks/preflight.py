@@ -145,8 +145,8 @@ def check_teacher(
     for file in (path,) if path else teacher_files(config):
         found = open_teacher(file, trust=config.trust)
         members.append((found, found.make(map_classes(names, found.names))))
-        key = "teacher_imgsz" if config.teacher_imgsz else "imgsz"
-        check_canvas(config.teacher_imgsz or imgsz, max(members[-1][1].strides), key)
+        if config.teacher_imgsz is not None:
+            check_canvas(config.teacher_imgsz, max(members[-1][1].strides), "teacher_imgsz")
         common_strides(head_strides(network), members[-1][1].strides)
         check_file_canvas(config, found, imgsz)
     teachers = [teacher for _, teacher in members]

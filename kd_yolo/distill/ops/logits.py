@@ -24,7 +24,9 @@ def bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:
     Both tails are computed from their own logsigmoid: 1 - p would lose all digits of a confident anchor.
     """
     positive = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
-    return positive + (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+    negative = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+    # Near equality the two cancel to less than rounding; a weighted mean over background alone would magnify that.
+    return (positive + negative).clamp_min(0)
 
 
 def known_logits(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -46,13 +46,16 @@ def recipe_for(path: Path, method: str = "hflkd", **args: Any) -> Recipe:
     return Recipe(teacher=str(path), teacher_sha256=sha256(path), method=method, args=args)
 
 
+LAYOUTS = Path(__file__).resolve().parents[3] / "benchmarks" / "layouts"
+
+
 # ---- structure and warm start ----------------------------------------
 
 
 @pytest.mark.parametrize(("name", "least"), [("lightnet-n-cls", 9), ("lightnet-s-cls", 12)])
 def test_lightnet__backbone_is_the_detectors(name: str, least: int) -> None:
     model = build_classifier(model_dictionary(name), 6)
-    detector = build_model(name.removesuffix("-cls"), nc=6)
+    detector = build_model(str(LAYOUTS / f"{name.removesuffix('-cls')}-shallow.yaml"), nc=6)
     mine, theirs = model.model[:-1].state_dict(), detector.model[: len(model.model) - 1].state_dict()
     assert {key: value.shape for key, value in mine.items()} == {key: value.shape for key, value in theirs.items()}
     assert len(rep_blocks(model)) >= least
