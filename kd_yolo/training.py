@@ -94,7 +94,7 @@ def _started(
     data = resolve_dataset(config.data)
     stages = chain_of(config)
     student = resolve_stage(config, stages[-1]) if stages else resolve_student(config)
-    peer = None if stages else pretrained_peer(config, student)
+    peer = None if stages else pretrained_peer(config, student, teacher_files(config))
     checked = check_training_inputs(config, stock, data, student)
     unlabeled = check_unlabeled(config, dict(stock))
     if stages:

@@ -176,7 +176,7 @@ class CellBuilder:
                 given["pretrained"] = absolute_word(self.keys.pretrained) if self.keys.pretrained else False
             config = TrainConfig(data=str(self.parts[0].file), model=model, **given)
             spec = resolve_student(config)
-            found = start_source(config, spec, self.files, pretrained_peer(config, spec))
+            found = start_source(config, spec, self.files, pretrained_peer(config, spec, self.files))
             self._starts[model] = {"pretrained": str(found[0]), **narrowed_defaults()} if found else given
         return self._starts[model]
 

@@ -51,17 +51,19 @@ def inherits(cfg: Mapping[str, Any]) -> Inherits | None:
     return validate(Inherits, content, where=INHERITS_KEY)
 
 
-def pretrained_peer(config: TrainConfig, student: StudentSpec) -> Path | None:
+def pretrained_peer(config: TrainConfig, student: StudentSpec, teachers: Sequence[Path] = ()) -> Path | None:
     """Return the pretrained detector that a student takes over, if it is at hand.
 
     It is the file of ``pretrained=`` when that holds this detector. Without one Ultralytics' places are looked at,
-    the working folder and its ``weights_dir``; nothing is downloaded.
+    the working folder and its ``weights_dir``; nothing is downloaded. A teacher that holds it makes it superfluous.
     """
     said = inherits(student.cfg)
     if said is None or config.pretrained is False:
         return None
     if student.weights is not None:
         return student.weights if _source(student.weights, said, config.trust) is not None else None
+    if any(path.suffix == ".pt" and _source(path, said, config.trust) is not None for path in teachers):
+        return None  # the student starts from that teacher
     name = f"{said.source}.pt"
     for folder in (Path.cwd(), Path(SETTINGS["weights_dir"])):
         if (folder / name).is_file():

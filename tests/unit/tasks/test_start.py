@@ -101,10 +101,13 @@ def test_pretrained_peer__working_folder_before_weights_dir(save: Save, elsewher
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_pretrained_peer__says_what_is_missing_and_where(caplog: pytest.LogCaptureFixture) -> None:
+def test_pretrained_peer__says_what_is_missing_and_where(save: Save, caplog: pytest.LogCaptureFixture) -> None:
     LOGGER.addHandler(caplog.handler)
     try:
-        assert pretrained_peer(config(), student_spec("lightnet-n")) is None
+        teacher = save("t.pt")
+        assert pretrained_peer(config(), student_spec("lightnet-n"), [teacher]) is None
+        assert "pretrained" not in caplog.text  # it starts from that teacher
+        assert pretrained_peer(config(), student_spec("lightnet-n"), [save("b.pt", "yolo11n.yaml")]) is None
     finally:
         LOGGER.removeHandler(caplog.handler)
     assert "yolo26n.pt" in caplog.text
