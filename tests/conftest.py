@@ -41,8 +41,10 @@ class SignalStack(ctypes.Structure):
     _fields_ = (("ss_sp", ctypes.c_void_p), ("ss_flags", ctypes.c_int), ("ss_size", ctypes.c_size_t))
 
 
-def pytest_runtest_setup() -> None:
-    """Handle signals on the thread's own stack, and let Ultralytics' log be heard whatever an earlier test did to it.
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Handle signals on the thread's own stack, and let the log be heard whatever an earlier test did to it.
+
+    Ray, MLflow and others set up logging for the whole process, pytest's own handler included.
 
     pytest's faulthandler and Ray's core give signals a small stack of their own. When OpenVINO has switched on AMX,
     whose registers take 8 KB more to save, that stack overflows when a data loader's worker ends (SIGCHLD): a crash.
@@ -53,6 +55,10 @@ def pytest_runtest_setup() -> None:
     logger = logging.getLogger("ultralytics")
     logger.disabled, logger.propagate = False, True
     logger.setLevel(logging.INFO)
+    heard: Any = item.config.pluginmanager.get_plugin("logging-plugin")
+    for handler in (heard.caplog_handler, heard.report_handler):
+        handler.setLevel(logging.NOTSET)
+        handler.filters.clear()
 
 
 @pytest.fixture(scope="session")
