@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,32 @@ def tiny_teacher(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     keys = {**TINY, "data": str(tiny_data), "model": str(layout), "teacher": "none", "epochs": 1}
     keys |= {"project": str(tmp_path_factory.mktemp("teacher")), "name": "run", "export": "none", "benchmark": False}
     return train(*split_train_keys(keys)).best
+
+
+class Heard(logging.Handler):
+    """A handler of its own, which nothing that sets up logging for the whole process has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the record."""
+        self.records.append(record)
+
+    @property
+    def text(self) -> str:
+        """Return all messages, one a line."""
+        return "\n".join(record.getMessage() for record in self.records)
+
+
+@pytest.fixture
+def heard() -> Iterator[Heard]:
+    """Return what Ultralytics' logger says during a test."""
+    handler, logger = Heard(), logging.getLogger("ultralytics")
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

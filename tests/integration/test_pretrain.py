@@ -158,24 +158,24 @@ def test_pretrain__from_start_to_training(
 
 
 def test_pretrain__same_architecture_is_narrowed(
-    keys: Callable[..., PretrainConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    keys: Callable[..., PretrainConfig], tmp_path: Path, heard: Any
 ) -> None:
     """Without an epoch it takes over and fits only; the default name is used."""
     report = module.pretrain(keys(epochs=0))
     assert report.inherited > 0.7
     assert report.after == report.before
-    assert any("narrowed from" in record.getMessage() for record in caplog.records)
+    assert any("narrowed from" in record.getMessage() for record in heard.records)
     assert "0 epochs" in report.to_text()
     assert not list(tmp_path.glob(".*"))
 
 
 def test_pretrain__another_family_says_what_is_inherited(
-    keys: Callable[..., PretrainConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    keys: Callable[..., PretrainConfig], tmp_path: Path, heard: Any
 ) -> None:
     torch.manual_seed(1)
     other = save_random(tmp_path / "yolov8n.pt", DetectionModel("yolov8n.yaml", nc=2, verbose=False))
     report = module.pretrain(keys(**{"from": other, "epochs": 0}))
-    said = [record.getMessage() for record in caplog.records if "inherited" in record.getMessage()]
+    said = [record.getMessage() for record in heard.records if "inherited" in record.getMessage()]
     assert len(said) == 1
     assert "yolov8n.pt" in said[0]
     assert "whose rows are those of yolo26n" in said[0]
@@ -183,7 +183,7 @@ def test_pretrain__another_family_says_what_is_inherited(
 
 
 def test_pretrain__nothing_inherited_is_a_warning(
-    keys: Callable[..., PretrainConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    keys: Callable[..., PretrainConfig], tmp_path: Path, heard: Any
 ) -> None:
     """A network of other widths everywhere."""
     torch.manual_seed(1)
@@ -191,7 +191,7 @@ def test_pretrain__nothing_inherited_is_a_warning(
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(plain(16, 24, 128, 48, 64, reg_max=1)))
     report = module.pretrain(keys(**{"from": other, "epochs": 0, "model": str(tmp_path / "other.yaml")}))
     assert report.inherited == 0
-    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    warned = [record.getMessage() for record in heard.records if record.levelname == "WARNING"]
     assert any("odd.pt" in line and "0 % inherited" in line and "random weights" in line for line in warned)
 
 

@@ -15,7 +15,6 @@ from kd_yolo.export import FORMATS, export, pipeline
 from kd_yolo.export.report import ExportReport
 from kd_yolo.export.stock import Made, Work
 from ultralytics import YOLO
-from ultralytics.utils import LOGGER
 
 from kd_yolo.checkpoints import load_model
 from kd_yolo.errors import ExportError
@@ -96,9 +95,7 @@ def test_export__shapes_and_heads(tmp_path: Path, format: str, keys: dict[str, A
     assert report.passed
 
 
-def test_export__passed_through_and_not_proven(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_export__passed_through_and_not_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: Any) -> None:
     asked: dict[str, Any] = {}
 
     def stock(self: YOLO, **keys: Any) -> str:
@@ -109,13 +106,12 @@ def test_export__passed_through_and_not_proven(
         return str(made)
 
     monkeypatch.setattr(YOLO, "export", stock)
-    monkeypatch.setattr(LOGGER, "handlers", [*LOGGER.handlers, caplog.handler])  # whoever changed the root logger
     report = export(source(), "mnn", out=tmp_path / "line.mnn", quantize=16, imgsz=[64, 96])
     assert (asked["format"], asked["quantize"], asked["imgsz"], asked["simplify"]) == ("mnn", 16, [64, 96], True)
     assert report.path.read_bytes() == b"made"
     assert (report.passed, report.parity, report.runtime) == (None, None, None)
     assert "not checked: no runtime here for mnn" in report.to_text()
-    assert "line.mnn: not checked: no runtime here for mnn" in caplog.text
+    assert "line.mnn: not checked: no runtime here for mnn" in heard.text
     content = json.loads((tmp_path / "line.mnn.parity.json").read_text())
     assert content["passed"] is None
     assert content["parity"] == {"passed": None, "reason": "not checked: no runtime here for mnn"}

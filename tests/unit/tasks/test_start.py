@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ultralytics.nn.tasks import DetectionModel
-from ultralytics.utils import LOGGER, SETTINGS
+from ultralytics.utils import SETTINGS
 
 from kd_yolo.compare.plan import plan
 from kd_yolo.compare.settings import split_compare_keys
@@ -101,17 +101,13 @@ def test_pretrained_peer__working_folder_before_weights_dir(save: Save, elsewher
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_pretrained_peer__says_what_is_missing_and_where(save: Save, caplog: pytest.LogCaptureFixture) -> None:
-    LOGGER.addHandler(caplog.handler)
-    try:
-        teacher = save("t.pt")
-        assert pretrained_peer(config(), student_spec("lightnet-n"), [teacher]) is None
-        assert "pretrained" not in caplog.text  # it starts from that teacher
-        assert pretrained_peer(config(), student_spec("lightnet-n"), [save("b.pt", "yolo11n.yaml")]) is None
-    finally:
-        LOGGER.removeHandler(caplog.handler)
-    assert "yolo26n.pt" in caplog.text
-    assert "pretrained=FILE" in caplog.text
+def test_pretrained_peer__says_what_is_missing_and_where(save: Save, heard: Any) -> None:
+    teacher = save("t.pt")
+    assert pretrained_peer(config(), student_spec("lightnet-n"), [teacher]) is None
+    assert "pretrained" not in heard.text  # it starts from that teacher
+    assert pretrained_peer(config(), student_spec("lightnet-n"), [save("b.pt", "yolo11n.yaml")]) is None
+    assert "yolo26n.pt" in heard.text
+    assert "pretrained=FILE" in heard.text
 
 
 def test_start_source__pretrained_then_teacher_then_peer(save: Save) -> None:
