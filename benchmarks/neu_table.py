@@ -11,7 +11,9 @@ epochs, canvas, batch and data; stock rows have Ultralytics' own recipe, the oth
 
 Choices are made on validation; ``test=true`` judges every run on the test split, once, and writes the table. Runs are
 content-addressed: call again, with more seeds or on another day, and only the rest is done. Other keys: parts=, seeds=,
-epochs=, imgsz=, batch=, device=, threads=, jobs=, engine=ray, out=.
+epochs=, imgsz=, batch=, device=, threads=, jobs=, engine=ray, out=; name= of the files, for another data set:
+
+    python benchmarks/neu_table.py data=magnetic-tile imgsz=160 teacher=yolo26n-tile.pt name=tile_table ...
 """
 
 from __future__ import annotations
@@ -56,9 +58,11 @@ METRICS = ("mAP50-95", "mAP50")
 
 
 def main() -> None:
-    """Run what is missing; with ``test=true`` judge it on the test split and write ``neu_table.json`` and ``.md``."""
-    values: dict[str, Any] = {**SETTING, "out": "runs/neu-table", "parts": ",".join(PARTS), **parse_pairs(sys.argv[1:])}
-    refuse_unknown(values, [*SETTING, *FILES, "out", "parts", "test", "jobs", "engine", "address"], "neu_table.py")
+    """Run what is missing; with ``test=true`` judge it on the test split and write ``NAME.json`` and ``.md``."""
+    places = {"out": "runs/neu-table", "name": "neu_table", "parts": ",".join(PARTS)}
+    values: dict[str, Any] = {**SETTING, **places, **parse_pairs(sys.argv[1:])}
+    refuse_unknown(values, [*SETTING, *FILES, *places, "test", "jobs", "engine", "address"], "neu_table.py")
+    name = str(values.pop("name"))
     out, chosen = Path(str(values.pop("out"))).resolve(), str(values.pop("parts")).split(",")
     test = bool(values.pop("test", False))
     files = {name: str(values.pop(name)) for name in FILES if name in values}
@@ -67,8 +71,8 @@ def main() -> None:
     print(text)
     if test:
         content = {part: {k: v for k, v in report.to_dict().items() if k in KEPT} for part, report in reports.items()}
-        write_json(HERE / "neu_table.json", content)
-        write_text(HERE / "neu_table.md", text + "\n")
+        write_json(HERE / f"{name}.json", content)
+        write_text(HERE / f"{name}.md", text + "\n")
 
 
 KEPT = ("setting", "rows", "notes")
