@@ -13,24 +13,22 @@ Writes ``canvas_front.json``, ``.md`` and ``.png`` beside this script. Other key
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kd_yolo.export import export
+from single_runs import run_of, train
 
 from kd_yolo.bench import benchmark
 from kd_yolo.bench.accuracy import judge
 from kd_yolo.bench.timing import WHOLE
 from kd_yolo.compare.job import Job
-from kd_yolo.compare.local import execute
 from kd_yolo.config import parse_pairs, refuse_unknown
 from kd_yolo.data.datasets import resolve_dataset
 from kd_yolo.errors import ConfigError, KDYoloError
-from kd_yolo.files import sha256, write_json, write_text, written_aside
+from kd_yolo.files import write_json, write_text, written_aside
 from kd_yolo.tables import markdown_table
 
 HERE = Path(__file__).resolve().parent
@@ -49,7 +47,6 @@ KEYS: dict[str, Any] = {
     "rounds": 20,
     "out": "runs/canvas-front",
 }
-FIXED = {"cache": "ram", "close_mosaic": 2, "plots": False, "verbose": False, "export": "none", "benchmark": False}
 MODELS = ("yolo26n", "lightnet-n", "lightnet-s")
 LABELS = {"yolo26n": "stock yolo26n", "lightnet-n": "LightNet-n", "lightnet-s": "LightNet-s"}
 
@@ -68,7 +65,7 @@ def main() -> None:
     canvases = numbers(keys["canvases"])
     teachers = train_teachers(canvases, keys, out)
     jobs = {(name, side): student_job(name, side, teachers[side], keys, out) for side in canvases for name in MODELS}
-    train(list(jobs.values()), keys)
+    train(list(jobs.values()), int(keys["jobs"]))
     points = measured(jobs, keys)
     setting = {key: keys[key] for key in ("epochs", "teacher_epochs", "batch", "seed", "rounds")}
     write_json(HERE / "canvas_front.json", {"setting": {**setting, "split": "test"}, "points": points})
@@ -90,7 +87,7 @@ def train_teachers(canvases: Sequence[int], keys: Mapping[str, Any], out: Path) 
                 "epochs": keys["teacher_epochs"],
             }
             jobs[side] = job_of(f"teacher-{side}", side, arguments, keys, out)
-    train(list(jobs.values()), keys)
+    train(list(jobs.values()), int(keys["jobs"]))
     return found | {side: job.checkpoint for side, job in jobs.items()}
 
 
@@ -102,28 +99,9 @@ def student_job(name: str, side: int, teacher: Path, keys: Mapping[str, Any], ou
 
 
 def job_of(name: str, side: int, given: Mapping[str, Any], keys: Mapping[str, Any], out: Path) -> Job:
-    """Return a run; its folder's name ends in the hash of all that determines it."""
+    """Return a run at a canvas."""
     common = {key: keys[key] for key in ("data", "batch", "seed", "device")}
-    arguments = {**common, **FIXED, **given, "imgsz": side}
-    files = {key: sha256(Path(arguments[key])) for key in ("model", "teacher") if str(arguments[key]).endswith(".pt")}
-    identity = {**arguments, **files, "data": Path(keys["data"]).name}
-    address = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    full = f"{name}-{address[:10]}"
-    return Job(full, address, out / "runs" / full, arguments, threads=1)
-
-
-def train(jobs: Sequence[Job], keys: Mapping[str, Any]) -> None:
-    """Do the runs that are not done.
-
-    Raises:
-        KDYoloError: One failed.
-    """
-    results = execute(
-        jobs, workers=int(keys["jobs"]), on_done=lambda r: print(f"{r.name}: {r.status} {r.reason}", flush=True)
-    )
-    for result in results:
-        if result.status != "done":
-            raise KDYoloError(f"{result.name}: {result.reason}; see {result.log}; the same command goes on")
+    return run_of(name, {**common, "close_mosaic": 2, **given, "imgsz": side}, out)
 
 
 def measured(jobs: Mapping[tuple[str, int], Job], keys: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,10 +1,10 @@
 """Does the default beat stock Ultralytics on NEU-DET? Every row of the README's table, by ``kd-yolo compare``.
 
-    python benchmarks/neu_table.py weights=yolo26n.pt weights11=yolo11n.pt teacher=yolo26n-neu.pt data=neu
+    python benchmarks/neu_table.py weights=yolo26n.pt weights11=yolo11n.pt data=neu
 
-``teacher`` is a yolo26n fine-tuned on NEU-DET's training split at the same canvas (``kd-yolo train data=neu
-model=yolo26n.pt teacher=none imgsz=128 epochs=40 batch=32 close_mosaic=10``). All rows of a seed have the same student
-epochs, canvas, batch and data; stock rows have Ultralytics' own recipe, the others the default one. Starts:
+``teacher`` is a yolo26n fine-tuned on the training split at the same canvas; without ``teacher=FILE`` it is trained
+first, for ``teacher_epochs``, as Ultralytics does. All rows of a seed have the same student epochs, canvas, batch and
+data; stock rows have Ultralytics' own recipe, the others the default one. Starts:
 
 - ``COCO``: the pretrained file; ``teacher``: the teacher itself, which has seen the labels for its own epochs. So the
   rows that start there are compared with the teacher trained on for as many epochs, too, with and without mosaics.
@@ -13,7 +13,7 @@ Choices are made on validation; ``test=true`` judges every run on the test split
 content-addressed: call again, with more seeds or on another day, and only the rest is done. Other keys: parts=, seeds=,
 epochs=, imgsz=, batch=, device=, threads=, jobs=, engine=ray, out=; name= of the files, for another data set:
 
-    python benchmarks/neu_table.py data=magnetic-tile imgsz=160 teacher=yolo26n-tile.pt name=tile_table ...
+    python benchmarks/neu_table.py data=magnetic-tile imgsz=160 name=tile_table weights=...
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from single_runs import run_of, train
+
 from kd_yolo.compare.report import CompareReport, Row
 from kd_yolo.compare.run import compare
 from kd_yolo.compare.settings import split_compare_keys
 from kd_yolo.compare.statistics import compare_pairs
 from kd_yolo.config import parse_pairs, refuse_unknown
+from kd_yolo.data.datasets import resolve_dataset
 from kd_yolo.files import write_json, write_text
 from kd_yolo.tables import markdown_table
 
@@ -59,13 +62,14 @@ METRICS = ("mAP50-95", "mAP50")
 
 def main() -> None:
     """Run what is missing; with ``test=true`` judge it on the test split and write ``NAME.json`` and ``.md``."""
-    places = {"out": "runs/neu-table", "name": "neu_table", "parts": ",".join(PARTS)}
+    places = {"out": "runs/neu-table", "name": "neu_table", "parts": ",".join(PARTS), "teacher_epochs": 40}
     values: dict[str, Any] = {**SETTING, **places, **parse_pairs(sys.argv[1:])}
     refuse_unknown(values, [*SETTING, *FILES, *places, "test", "jobs", "engine", "address"], "neu_table.py")
-    name = str(values.pop("name"))
+    name, teacher_epochs = str(values.pop("name")), int(values.pop("teacher_epochs"))
     out, chosen = Path(str(values.pop("out"))).resolve(), str(values.pop("parts")).split(",")
     test = bool(values.pop("test", False))
-    files = {name: str(values.pop(name)) for name in FILES if name in values}
+    files = {key: str(values.pop(key)) for key in FILES if key in values}
+    files.setdefault("teacher", str(teacher_of(files["weights"], teacher_epochs, values, out)))
     reports = {part: run(part, files, values, out, test) for part in chosen}
     text = markdown(reports, "test" if test else "val")
     print(text)
@@ -73,6 +77,16 @@ def main() -> None:
         content = {part: {k: v for k, v in report.to_dict().items() if k in KEPT} for part, report in reports.items()}
         write_json(HERE / f"{name}.json", content)
         write_text(HERE / f"{name}.md", text + "\n")
+
+
+def teacher_of(weights: str, epochs: int, values: dict[str, Any], out: Path) -> Path:
+    """Fine-tune the pretrained file on the data set, unless that is done, and return the checkpoint."""
+    stock = {key: values[key] for key in ("imgsz", "batch", "device")}
+    given = {"model": str(Path(weights).absolute()), "teacher": "none", "method": "none", "epochs": epochs}
+    data = str(resolve_dataset(str(values["data"])))
+    job = run_of("teacher", {**stock, **given, "data": data, "close_mosaic": epochs // 4, "seed": 0}, out)
+    train([job], 1)
+    return job.checkpoint
 
 
 KEPT = ("setting", "rows", "notes")

@@ -18,7 +18,6 @@ Other keys: model=, epochs=, imgsz=, batch=, jobs=, threads=, device=, top=, out
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import sys
 import threading
@@ -30,12 +29,13 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from single_runs import run_of
 
 from kd_yolo.compare.job import Job, JobResult, run_job
 from kd_yolo.config import parse_pairs, refuse_unknown
 from kd_yolo.data.datasets import resolve_dataset
 from kd_yolo.errors import ConfigError
-from kd_yolo.files import sha256, write_json, write_text
+from kd_yolo.files import write_json, write_text
 from kd_yolo.tables import markdown_table
 
 HERE = Path(__file__).resolve().parent
@@ -78,7 +78,6 @@ KEYS: dict[str, Any] = {
     "device": "cpu",
     "out": "runs/recipe-search",
 }
-FIXED = {"cache": "ram", "close_mosaic": 2, "plots": False, "verbose": False, "export": "none", "benchmark": False}
 POLL_S = 2.0
 
 
@@ -195,16 +194,17 @@ def confirm(study: optuna.Study, keys: Mapping[str, Any], out: Path) -> list[dic
 def job_of(recipe: Mapping[str, Any], seed: int, keys: Mapping[str, Any], out: Path) -> Job:
     """Return the run of a recipe and a seed; its folder's name is the hash of all that determines it."""
     arguments = {key: keys[key] for key in ("data", "teacher", "model", "epochs", "imgsz", "batch", "device")}
-    arguments |= {**FIXED, **{key: value for key, value in recipe.items() if key != "optimizer"}, "seed": seed}
+    arguments |= {
+        "close_mosaic": 2,
+        **{key: value for key, value in recipe.items() if key != "optimizer"},
+        "seed": seed,
+    }
     if recipe["optimizer"] != "auto":
         arguments["optimizer"], rate = str(recipe["optimizer"]).split()
         arguments |= {"lr0": float(rate), "momentum": 0.9, "warmup_bias_lr": 0.0}  # as optimizer=auto sets them
     if recipe["schedule.decay"] != "constant":
         arguments["schedule.final"] = 0.0
-    identity = {**arguments, "teacher": sha256(Path(keys["teacher"])), "data": Path(keys["data"]).name}
-    address = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    name = f"s{seed}-{address[:10]}"
-    return Job(name, address, out / "runs" / name, arguments, threads=int(keys["threads"]))
+    return run_of(f"s{seed}", arguments, out, int(keys["threads"]))
 
 
 def best_so_far(file: Path) -> list[float]:
@@ -251,7 +251,7 @@ def report(
     ]
     setting = {key: keys[key] for key in ("model", "epochs", "imgsz", "batch", "trials", "top")}
     content = {
-        "setting": {**setting, **FIXED, "teacher": Path(keys["teacher"]).name, "split": "val"},
+        "setting": {**setting, "teacher": Path(keys["teacher"]).name, "split": "val"},
         "seeds": {"screen": SCREEN_SEED, "confirm": CONFIRM_SEEDS},
         "space": SPACE,
         "trials": trials,

@@ -127,3 +127,19 @@ def test_neu_table__rows_against_stock_paired_by_seed(monkeypatch: pytest.Monkey
     assert "| yolo26n | COCO | none | 3 | 29.0 ± 1.0 | 58.0 ± 2.0 |" in text
     assert table.against(made("x", "none", {7: 30.0}), stock, "test") == ["", ""]
     assert set(table.PARTS) >= {"stock", "lightnet", "more epochs"}
+
+
+def test_run_of__is_named_by_the_content_of_its_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run_of = load("single_runs", monkeypatch).run_of
+    weights = tmp_path / "a.pt"
+    weights.write_bytes(b"one")
+    copy = tmp_path / "b.pt"
+    copy.write_bytes(b"one")
+
+    def name(**arguments: object) -> str:
+        return str(run_of("x", {"model": str(weights), "seed": 0, **arguments}, tmp_path).name)
+
+    assert name() == name(model=str(copy)) == name(device=0)
+    assert len({name(), name(seed=1), name(epochs=9), name(data="neu")}) == 4
+    weights.write_bytes(b"two")
+    assert name() != name(model=str(copy))
