@@ -25,6 +25,7 @@ from typing import Any
 
 from single_runs import run_of, train
 
+from kd_yolo.bench.accuracy import judge
 from kd_yolo.compare.report import CompareReport, Row
 from kd_yolo.compare.run import compare
 from kd_yolo.compare.settings import split_compare_keys
@@ -69,9 +70,11 @@ def main() -> None:
     out, chosen = Path(str(values.pop("out"))).resolve(), str(values.pop("parts")).split(",")
     test = bool(values.pop("test", False))
     files = {key: str(values.pop(key)) for key in FILES if key in values}
-    files.setdefault("teacher", str(teacher_of(files["weights"], teacher_epochs, values, out)))
+    if "teacher" not in files:
+        files["teacher"] = str(teacher_of(files["weights"], teacher_epochs, values, out))
     reports = {part: run(part, files, values, out, test) for part in chosen}
-    text = markdown(reports, "test" if test else "val")
+    split = "test" if test else "val"
+    text = f"{markdown(reports, split)}\n\n{teacher_line(files['teacher'], values, split)}\n\n{gains(reports, split)}"
     print(text)
     if test:
         content = {part: {k: v for k, v in report.to_dict().items() if k in KEPT} for part, report in reports.items()}
@@ -111,6 +114,25 @@ def markdown(reports: dict[str, CompareReport], split: str) -> str:
     base = next((row for part, row in rows if (part, row.method) == BASELINE), None)
     header = ["student", "start", "method", "seeds", *METRICS, "against stock", "95 % interval"]
     lines = [[*described(part, row), *figures(row, split), *against(row, base, split)] for part, row in rows]
+    return markdown_table(header, lines)
+
+
+def teacher_line(teacher: str, values: dict[str, Any], split: str) -> str:
+    """Return what the teacher itself reaches, in one line."""
+    data = str(resolve_dataset(str(values["data"])))
+    found = judge(Path(teacher), data, split, int(values["imgsz"]))
+    return f"The teacher itself: {100 * found.map50_95:.1f} mAP50-95, {100 * found.map50:.1f} mAP50."
+
+
+def gains(reports: dict[str, CompareReport], split: str) -> str:
+    """Return what distillation adds to plain training from the same weights, by seed."""
+    lines = []
+    for part, report in reports.items():
+        plain = {row.student: row for row in report.rows if row.method == "none"}
+        for row in report.rows:
+            if row.method != "none" and row.student in plain:
+                lines.append([*described(part, row), *against(row, plain[row.student], split)])
+    header = ["student", "start", "method", "against none from the same start", "95 % interval"]
     return markdown_table(header, lines)
 
 

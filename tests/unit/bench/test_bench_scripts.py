@@ -126,6 +126,10 @@ def test_neu_table__rows_against_stock_paired_by_seed(monkeypatch: pytest.Monkey
     assert "| teacher | kd-lightnet | 3 | 32.0 ± 2.0 | 64.0 ± 4.0 |" in line
     assert "| yolo26n | COCO | none | 3 | 29.0 ± 1.0 | 58.0 ± 2.0 |" in text
     assert table.against(made("x", "none", {7: 30.0}), stock, "test") == ["", ""]
+    plain = made("lightnet-s", "none", {0: 31.0, 1: 33.0, 2: 31.0})
+    gains = table.gains({"lightnet": CompareReport({}, [plain, better], [], [], [], [])}, "test")
+    # -1, +1, +1: mean 1/3, sd 1.155, half width 2.87
+    assert gains.splitlines()[2:] == ["| lightnet-s | teacher | kd-lightnet | +0.3 | -2.5 to +3.2 |"]
     assert set(table.PARTS) >= {"stock", "lightnet", "more epochs"}
 
 

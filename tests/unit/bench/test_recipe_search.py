@@ -35,7 +35,7 @@ def keys(search: ModuleType, tmp_path: Path) -> dict[str, Any]:
 
 def merit(arguments: dict[str, Any]) -> float:
     """What a stand-in training reaches: a higher balance is better, so is the cosine."""
-    return 30.0 + float(arguments["balance"]) + 2.0 * (arguments["schedule.decay"] == "cosine")
+    return 30.0 + float(arguments["balance"]) + 2.0 * bool(arguments["schedule.decay"] == "cosine")
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, search: ModuleType, epochs: int = 8, pause: float = 0.0) -> list[Job]:
