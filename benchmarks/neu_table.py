@@ -129,9 +129,11 @@ def gains(reports: dict[str, CompareReport], split: str) -> str:
     lines = []
     for part, report in reports.items():
         plain = {row.student: row for row in report.rows if row.method == "none"}
-        for row in report.rows:
-            if row.method != "none" and row.student in plain:
-                lines.append([*described(part, row), *against(row, plain[row.student], split)])
+        lines += [
+            [*described(part, row), *against(row, plain[row.student], split)]
+            for row in report.rows
+            if row.method != "none" and row.student in plain
+        ]
     header = ["student", "start", "method", "against none from the same start", "95 % interval"]
     return markdown_table(header, lines)
 
