@@ -53,7 +53,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "more epochs": {"students": "teacher", "methods": "none"},
     "more epochs, no mosaic": {"students": "teacher", "methods": "none", "mosaic": 0.0},
     "from COCO": {"students": "lightnet-n,lightnet-s", "methods": "none,kd-lightnet", "pretrained": "weights"},
-    "surgery": {"students": "weights", "methods": "none,kd-lightnet", "reparam": "qarep"},
+    "surgery": {"students": "weights", "methods": "none,kd-lightnet", "reparam": "qarep", "mosaic": 0.0},
     "yolo11n": {"students": "weights11", "methods": "none,score-l2"},
 }
 FILES = ("weights", "weights11", "teacher")
@@ -141,7 +141,7 @@ def gains(reports: dict[str, CompareReport], split: str) -> str:
 def described(part: str, row: Row) -> list[str]:
     """Return what a row is, in words."""
     start = "teacher" if part == "lightnet" or part.startswith("more epochs") else "COCO"
-    named = {"stock": "yolo26n", "surgery": "yolo26n, qarep", "yolo11n": "yolo11n", "more epochs": "yolo26n"}
+    named = {"stock": "yolo26n", "surgery": "yolo26n, qarep, no mosaic", "yolo11n": "yolo11n", "more epochs": "yolo26n"}
     named["more epochs, no mosaic"] = "yolo26n, no mosaic"
     return [named.get(part, row.student), start, row.method]
 
