@@ -7,7 +7,7 @@ first, for ``teacher_epochs``, as Ultralytics does. All rows of a seed have the 
 data; stock rows have Ultralytics' own recipe, the others the default one. Starts:
 
 - ``COCO``: the pretrained file; ``teacher``: the teacher itself, which has seen the labels for its own epochs. So the
-  rows that start there are compared with the teacher trained on for as many epochs, too, with and without mosaics.
+  rows that start there are compared with the teacher trained on for as many epochs, too, in both recipes.
 
 Choices are made on validation; ``test=true`` judges every run on the test split, once, and writes the table. Runs are
 content-addressed: call again, with more seeds or on another day, and only the rest is done. Other keys: parts=, seeds=,
@@ -34,6 +34,7 @@ from kd_yolo.config import parse_pairs, refuse_unknown
 from kd_yolo.data.datasets import resolve_dataset
 from kd_yolo.files import write_json, write_text
 from kd_yolo.tables import markdown_table
+from kd_yolo.tasks.start import narrowed_defaults
 
 HERE = Path(__file__).resolve().parent
 SETTING: dict[str, Any] = {
@@ -51,9 +52,9 @@ PARTS: dict[str, dict[str, Any]] = {
     "stock": {"students": "weights", "methods": "none,score-l2"},
     "lightnet": {"students": "lightnet-n,lightnet-s", "methods": "none,kd-lightnet", "pretrained": "teacher"},
     "more epochs": {"students": "teacher", "methods": "none"},
-    "more epochs, no mosaic": {"students": "teacher", "methods": "none", "mosaic": 0.0},
+    "more epochs ours": {"students": "teacher", "methods": "none", **narrowed_defaults()},
     "from COCO": {"students": "lightnet-n,lightnet-s", "methods": "none,kd-lightnet", "pretrained": "weights"},
-    "surgery": {"students": "weights", "methods": "none,kd-lightnet", "reparam": "qarep", "mosaic": 0.0},
+    "surgery": {"students": "weights", "methods": "none,kd-lightnet", "reparam": "qarep"} | narrowed_defaults(),
     "yolo11n": {"students": "weights11", "methods": "none,score-l2"},
 }
 FILES = ("weights", "weights11", "teacher")
@@ -141,8 +142,8 @@ def gains(reports: dict[str, CompareReport], split: str) -> str:
 def described(part: str, row: Row) -> list[str]:
     """Return what a row is, in words."""
     start = "teacher" if part == "lightnet" or part.startswith("more epochs") else "COCO"
-    named = {"stock": "yolo26n", "surgery": "yolo26n, qarep, no mosaic", "yolo11n": "yolo11n", "more epochs": "yolo26n"}
-    named["more epochs, no mosaic"] = "yolo26n, no mosaic"
+    named = {"stock": "yolo26n", "surgery": "yolo26n, qarep", "yolo11n": "yolo11n", "more epochs": "yolo26n"}
+    named["more epochs ours"] = "yolo26n, our recipe"
     return [named.get(part, row.student), start, row.method]
 
 

@@ -52,7 +52,7 @@ class KDLightNetArgs(MethodArgs):
     mode: Mode = Field(default="bernoulli", description="bernoulli, softmax_bg (K + 1) or softmax (YOLOv6's)")
     cls_weight: float = Field(default=1.0, ge=0.0, description="factor on kd_cls; 0 leaves the term out")
     box_weight: float = Field(default=1.0, ge=0.0, description="factor on kd_box; 0 leaves the term out")
-    one2one: bool = Field(default=False, description="distil the one-to-one class logits as well")
+    one2one: bool | None = Field(default=None, description="one-to-one logits too; null: where both have that head")
 
 
 class KDLightNet(DistillMethod):
@@ -60,9 +60,10 @@ class KDLightNet(DistillMethod):
 
     Equal ``reg_max`` above 1: KL over the bins of each side. Otherwise: 1 - CIoU between decoded boxes.
 
-    With ``one2one`` the same class loss on the one-to-one logits is added to ``kd_cls``. Ultralytics detaches the
-    features of that head in training, so it teaches the head alone and adds nothing to the gradient on the neck. The
-    foreground in the batch is the one-to-many assigner's, so this part is weighted by the teacher's confidence alone.
+    Where both detectors have a one-to-one head, and unless ``one2one`` says otherwise, the same class loss on its
+    logits is added to ``kd_cls``: it is the head that detects without NMS. Ultralytics detaches its features in
+    training, so this teaches the head alone and adds nothing to the gradient on the neck. The foreground in the batch
+    is the one-to-many assigner's, so this part is weighted by the teacher's confidence alone.
     """
 
     Args = KDLightNetArgs
@@ -105,7 +106,7 @@ class KDLightNet(DistillMethod):
             if "kd_cls" in self.terms:
                 weight = anchor_weight(confidence, batch.get("fg_mask"), self.args.alpha)
                 losses["kd_cls"] = self._class_loss(student.scores, teacher.scores, teacher.class_mask, weight)
-                if self.args.one2one:
+                if self._distils_one2one(student, teacher):
                     losses["kd_cls"] = losses["kd_cls"] + self._one2one_loss(student, teacher)
             if "kd_box" in self.terms:
                 losses["kd_box"] = self._box_loss(student, teacher, confidence)
@@ -115,12 +116,16 @@ class KDLightNet(DistillMethod):
         if self.args.weight == 0:
             return frozenset()
         boxes = {"boxes"} if "kd_box" in self.terms else set()
-        one2one = {"scores_one2one"} if self.args.one2one and "kd_cls" in self.terms else set()
+        one2one = {"scores_one2one"} if self.args.one2one is not False and "kd_cls" in self.terms else set()
         return frozenset({"scores"} | boxes | one2one)
 
     def _class_loss(self, student: Tensor, teacher: Tensor, mask: Tensor | None, weight: Tensor) -> Tensor:
         mine, theirs = known_logits(student, mask), known_logits(teacher.detach(), mask)
         return class_loss(mine, theirs, weight, self.args.tau, self.args.gamma, self.args.mode)
+
+    def _distils_one2one(self, student: Taps, teacher: Taps) -> bool:
+        both = student.scores_one2one is not None and teacher.scores_one2one is not None
+        return both if self.args.one2one is None else self.args.one2one
 
     def _one2one_loss(self, student: Taps, teacher: Taps) -> Tensor:
         mine, theirs = student.scores_one2one, teacher.scores_one2one

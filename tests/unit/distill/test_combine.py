@@ -170,7 +170,7 @@ def test_combination__colliding_terms_get_the_method_into_their_name(third_party
     assert method.terms == ("kd_lightnet_cls", "kd_box", "kd_somebody_kd_fake_cls", "kd_odd")
     assert losses["kd_somebody_kd_fake_cls"].item() == 1.0
     assert losses["kd_odd"].item() == 2.0
-    assert method.reads == {"scores", "boxes", "head"}
+    assert method.reads == {"scores", "scores_one2one", "boxes", "head"}
 
 
 def test_combination__hold_is_that_of_the_member_that_taps_the_heads(third_party: str) -> None:

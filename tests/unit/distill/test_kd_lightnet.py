@@ -35,7 +35,7 @@ def test_anchor_weight__without_foreground_alpha_counts_as_one() -> None:
 
 def test_forward__alpha_zero_without_any_foreground_gives_zero_not_nan() -> None:
     student, teacher = random_taps(SHAPE, 0, grad=True), random_taps(SHAPE, 1)
-    losses = make("kd-lightnet", SHAPE, alpha=0.0)(student, teacher, foreground(SHAPE, share=0.0))
+    losses = make("kd-lightnet", SHAPE, alpha=0.0, one2one=False)(student, teacher, foreground(SHAPE, share=0.0))
     assert losses["kd_cls"].item() == 0.0
     torch.autograd.backward(total(losses))
     assert all(bool(torch.isfinite(x.grad).all()) for x in leaves(student) if x.grad is not None)
@@ -76,8 +76,9 @@ def test_forward__an_unknown_class_changes_neither_term(mode: str) -> None:
 
 def test_forward__one2one_adds_the_same_loss_weighted_by_confidence_alone() -> None:
     student, teacher, batch = random_taps(SHAPE, 0, grad=True), random_taps(SHAPE, 1), foreground(SHAPE)
-    plain = make("kd-lightnet", SHAPE)(student, teacher, batch)
+    plain = make("kd-lightnet", SHAPE, one2one=False)(student, teacher, batch)
     both = make("kd-lightnet", SHAPE, one2one=True)(student, teacher, batch)
+    assert torch.equal(make("kd-lightnet", SHAPE)(student, teacher, batch)["kd_cls"], both["kd_cls"])
     assert student.scores_one2one is not None
     assert teacher.scores_one2one is not None
     confidence = teacher_confidence(teacher.scores_one2one)
@@ -95,6 +96,8 @@ def test_forward__one2one_without_that_head_is_refused(side: str) -> None:
     student, teacher = (random_taps(SHAPE, i, one2one=side != name) for i, name in enumerate(("student", "teacher")))
     with pytest.raises(TeacherError, match=f"one2one=true, but the {side} has no one-to-one head; set one2one=false"):
         make("kd-lightnet", SHAPE, one2one=True)(student, teacher, {})
+    left_out = make("kd-lightnet", SHAPE, one2one=False)(student, teacher, {})
+    assert torch.equal(make("kd-lightnet", SHAPE)(student, teacher, {})["kd_cls"], left_out["kd_cls"])
 
 
 # -- boxes -----------------------------------------------------------------------------------------------------------
@@ -200,8 +203,9 @@ def test_build_method__both_parts_off_is_refused() -> None:
 @pytest.mark.parametrize(
     ("args", "terms", "reads"),
     [
-        ({}, ("kd_cls", "kd_box"), {"scores", "boxes"}),
-        ({"box_weight": 0.0}, ("kd_cls",), {"scores"}),
+        ({}, ("kd_cls", "kd_box"), {"scores", "boxes", "scores_one2one"}),
+        ({"one2one": False}, ("kd_cls", "kd_box"), {"scores", "boxes"}),
+        ({"box_weight": 0.0}, ("kd_cls",), {"scores", "scores_one2one"}),
         ({"cls_weight": 0.0}, ("kd_box",), {"scores", "boxes"}),
         ({"one2one": True}, ("kd_cls", "kd_box"), {"scores", "boxes", "scores_one2one"}),
         ({"one2one": True, "cls_weight": 0.0}, ("kd_box",), {"scores", "boxes"}),

@@ -149,7 +149,7 @@ def test_own_teacher__the_pretrained_detector_unless_another_is_named(save: Save
 
 def test_narrowed_defaults__are_stock_arguments() -> None:
     assert set(narrowed_defaults()) <= set(stock_keys())
-    assert narrowed_defaults() == {"mosaic": 0.0}
+    assert narrowed_defaults() == {"mosaic": 0.0, "warmup_epochs": 1.0, "nbs": 32}
 
 
 def test_narrow_on_images__canvas_is_bounded(tiny_data: Path, save: Save) -> None:
