@@ -231,7 +231,7 @@ def points(result: JobResult) -> float:
 def changed(recipe: Mapping[str, Any]) -> str:
     """Return in what a recipe differs from the default."""
     found = [f"{key}={value}" for key, value in recipe.items() if value != DEFAULT[key]]
-    return ", ".join(found) or "default"
+    return ", ".join(found) or "default before"
 
 
 def show(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:

@@ -143,15 +143,14 @@ def distributions(search: ModuleType) -> dict[str, Any]:
 
 
 def test_winner__is_what_is_shipped(search: ModuleType) -> None:
-    """Once the search was run, its winner is the default: of the method's YAML and of ``cfg/train/default.yaml``."""
-    file = FOLDER / "recipe_search.json"
-    if not file.is_file():
-        pytest.skip("benchmarks/recipe_search.py has not been run to its end yet")
-    winner = json.loads(file.read_text(encoding="utf-8"))["winner"]
+    """The winner of the committed search is the default: of the method's YAML and of ``cfg/train/default.yaml``."""
+    winner = json.loads((FOLDER / "recipe_search.json").read_text(encoding="utf-8"))["winner"]
     method = load_yaml(builtin_root() / "methods" / "kd-lightnet.yaml")
     narrowed = load_yaml(builtin_root() / "train" / "default.yaml")["narrowed"]
     for key, value in winner.items():
         group, _, name = key.rpartition(".")
         shipped = method["args"] if group == "kd" else method["schedule"] if group == "schedule" else method
-        shipped = shipped.get(name, narrowed.get(name, search.DEFAULT.get(key)))
-        assert shipped == value, key
+        found = shipped.get(name, narrowed.get(name, search.DEFAULT.get(key)))
+        if key == "kd.one2one" and found is None:  # where both detectors have that head, which they had in the search
+            found = True
+        assert found == value, key
