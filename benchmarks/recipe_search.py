@@ -11,14 +11,14 @@
    all of them wins. The default stays when nothing beats it by more than ``MARGIN`` points: one seed of many always
    looks good by chance.
 
-Interrupt it whenever you like: the same command goes on. Finished runs are kept by content, unfinished ones resume.
-Other keys: model=, epochs=, imgsz=, batch=, jobs=, threads=, device=, top=, out=.
+Interrupt it whenever you like: the same command goes on, finished runs are kept by content. Other keys: model=, epochs=, imgsz=, batch=, jobs=, threads=, device=, top=, out=.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import signal
 import sys
 import threading
 from collections.abc import Mapping
@@ -79,6 +79,7 @@ KEYS: dict[str, Any] = {
     "out": "runs/recipe-search",
 }
 POLL_S = 2.0
+SETTLED = {TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING}
 
 
 def main() -> None:
@@ -110,14 +111,17 @@ def screen(keys: Mapping[str, Any], out: Path) -> optuna.Study:
         direction="maximize",
         load_if_exists=True,
     )
-    left = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING]
-    for trial in left:  # of a search that was interrupted: asked again, and taken up where the run stands
-        study.tell(trial.number, state=TrialState.FAIL)
-        study.enqueue_trial(trial.params)
+    take_up(study)
     for change in FIRST:
         study.enqueue_trial({**DEFAULT, **change}, skip_if_exists=True)
     done = sum(trial.state in {TrialState.COMPLETE, TrialState.PRUNED} for trial in study.get_trials(deepcopy=False))
     stop = threading.Event()
+
+    def end(*_: Any) -> None:
+        stop.set()  # ends the trainings in order; the next call resumes them
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         study.optimize(
             lambda trial: objective(trial, keys, out, stop),
@@ -125,10 +129,24 @@ def screen(keys: Mapping[str, Any], out: Path) -> optuna.Study:
             n_jobs=int(keys["jobs"]),
             callbacks=[show],
         )
-    except BaseException:
-        stop.set()  # ends the trainings; the next call resumes them
-        raise
+    finally:
+        stop.set()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return study
+
+
+def take_up(study: optuna.Study) -> None:
+    """Ask again for what an interrupted search left or what failed; their runs are taken up where they stand."""
+    trials = study.get_trials(deepcopy=False)
+    for trial in trials:
+        if trial.state == TrialState.RUNNING:  # its process is gone
+            study.tell(trial.number, state=TrialState.FAIL)
+    settled = [t.params or t.system_attrs.get("fixed_params") for t in trials if t.state in SETTLED]
+    for trial in trials:
+        if trial.state not in SETTLED and trial.params not in settled:
+            study.enqueue_trial(trial.params)
+            settled.append(trial.params)
 
 
 def objective(trial: optuna.Trial, keys: Mapping[str, Any], out: Path, stop: threading.Event) -> float:
@@ -139,12 +157,12 @@ def objective(trial: optuna.Trial, keys: Mapping[str, Any], out: Path, stop: thr
     job = job_of(recipe, SCREEN_SEED, keys, out)
     thread = threading.Thread(target=lambda: found.append(run_job(job, stop=ended)))
     thread.start()
-    told = 0
-    pruned = False
+    told, pruned = 0, False
     while thread.is_alive():
         thread.join(POLL_S)
         if stop.is_set():
             ended.set()
+            continue
         values = best_so_far(job.folder / "student" / "results.csv")
         for step in range(told, len(values)):
             trial.report(values[step], step + 1)

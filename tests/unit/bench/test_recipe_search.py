@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import threading
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -123,6 +126,26 @@ def test_screen__goes_on_after_an_interruption(
     ended = [t for t in study.get_trials() if t.state in {TrialState.COMPLETE, TrialState.PRUNED}]
     assert len(ended) == 7
     assert [t.state for t in study.get_trials() if t.number == asked.number] == [TrialState.FAIL]
+
+
+def test_screen__ctrl_c_ends_the_trainings_and_the_next_call_resumes_them(
+    search: ModuleType, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = stand_in(monkeypatch, search, pause=5.0)  # 40 s a run unless it is told to stop
+    handler = signal.getsignal(signal.SIGINT)
+    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        search.screen({**keys, "jobs": 2}, tmp_path)
+    assert time.monotonic() - began < 10
+    assert signal.getsignal(signal.SIGINT) is handler
+    interrupted = [job.name for job in jobs]
+    assert interrupted
+    again = stand_in(monkeypatch, search)
+    study = search.screen(keys, tmp_path)
+    assert set(interrupted) <= {job.name for job in again}
+    assert sum(trial.state in {TrialState.COMPLETE, TrialState.PRUNED} for trial in study.trials) == 7
 
 
 def test_screen__a_poor_run_is_stopped(
