@@ -11,7 +11,8 @@
    all of them wins. The default stays when nothing beats it by more than ``MARGIN`` points: one seed of many always
    looks good by chance.
 
-Interrupt it whenever you like: the same command goes on, finished runs are kept by content. Other keys: model=, epochs=, imgsz=, batch=, jobs=, threads=, device=, top=, out=.
+Interrupt it whenever you like: the same command goes on. Other keys: model=, epochs=, imgsz=, batch=, jobs=, threads=,
+device=, top=, out=.
 """
 
 from __future__ import annotations
