@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_yolo.export import export
+from pages import write_block
 
 from kd_yolo.bench import BenchReport, benchmark
 from kd_yolo.bench.report import BenchRow
@@ -49,8 +50,6 @@ DEFAULTS: dict[str, Any] = {
     "readme": False,
     "trust": False,
 }
-MARKS = ("<!-- fps -->", "<!-- /fps -->")
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
@@ -116,22 +115,8 @@ def write(report: BenchReport, skipped: Mapping[str, str], readme: bool) -> None
     write_json(target, content)
     write_text(target.with_suffix(".md"), text + "\n")
     if readme:
-        path = ROOT / "README.md"
-        write_text(path, replace_block(path.read_text(encoding="utf-8"), text))
+        write_block("README.md", "fps", text)
     print(text)
-
-
-def replace_block(page: str, text: str) -> str:
-    """Put a text between the marks of a page.
-
-    Raises:
-        ConfigError: The page does not have each mark once, in order.
-    """
-    before, start, rest = page.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not start or not end or MARKS[0] in rest or MARKS[1] in after:
-        raise ConfigError(f"README.md: needs {MARKS[0]} and {MARKS[1]} once each, in this order")
-    return f"{before}{start}\n{text}\n{end}{after}"
 
 
 def to_markdown(report: BenchReport, skipped: Mapping[str, str]) -> str:

@@ -11,21 +11,25 @@ data; stock rows have Ultralytics' own recipe, the others the default one. Start
 
 Choices are made on validation; ``test=true`` judges every run on the test split, once, and writes the table. Runs are
 content-addressed: call again, with more seeds or on another day, and only the rest is done. Other keys: parts=, seeds=,
-epochs=, imgsz=, batch=, device=, threads=, jobs=, engine=ray, out=; name= of the files, for another data set:
+epochs=, imgsz=, batch=, device=, threads=, jobs=, engine=ray, out=; ``pages=README.md,docs/recipe.md`` writes the table
+into those pages, too. For another data set name= the files:
 
     python benchmarks/neu_table.py data=magnetic-tile imgsz=160 name=tile_table weights=...
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import write_block
 from single_runs import run_of, train
 
 from kd_yolo.bench.accuracy import judge
+from kd_yolo.compare.outcome import read_json
 from kd_yolo.compare.report import CompareReport, Row
 from kd_yolo.compare.run import compare
 from kd_yolo.compare.settings import split_compare_keys
@@ -64,23 +68,33 @@ METRICS = ("mAP50-95", "mAP50")
 
 def main() -> None:
     """Run what is missing; with ``test=true`` judge it on the test split and write ``NAME.json`` and ``.md``."""
-    places = {"out": "runs/neu-table", "name": "neu_table", "parts": ",".join(PARTS), "teacher_epochs": 40}
+    places = {
+        "out": "runs/neu-table",
+        "name": "neu_table",
+        "parts": ",".join(PARTS),
+        "teacher_epochs": 40,
+        "pages": False,
+    }
     values: dict[str, Any] = {**SETTING, **places, **parse_pairs(sys.argv[1:])}
     refuse_unknown(values, [*SETTING, *FILES, *places, "test", "jobs", "engine", "address"], "neu_table.py")
-    name, teacher_epochs = str(values.pop("name")), int(values.pop("teacher_epochs"))
+    name, teacher_epochs, pages = (values.pop(key) for key in ("name", "teacher_epochs", "pages"))
     out, chosen = Path(str(values.pop("out"))).resolve(), str(values.pop("parts")).split(",")
     test = bool(values.pop("test", False))
     files = {key: str(values.pop(key)) for key in FILES if key in values}
     if "teacher" not in files:
-        files["teacher"] = str(teacher_of(files["weights"], teacher_epochs, values, out))
+        files["teacher"] = str(teacher_of(files["weights"], int(teacher_epochs), values, out))
     reports = {part: run(part, files, values, out, test) for part in chosen}
     split = "test" if test else "val"
-    text = f"{markdown(reports, split)}\n\n{teacher_line(files['teacher'], values, split)}\n\n{gains(reports, split)}"
+    budget = (int(values["epochs"]), int(teacher_epochs))
+    parts = [markdown(reports, split, budget), teacher_line(files["teacher"], values, split), gains(reports, split)]
+    text = "\n\n".join(parts)
     print(text)
     if test:
         content = {part: {k: v for k, v in report.to_dict().items() if k in KEPT} for part, report in reports.items()}
         write_json(HERE / f"{name}.json", content)
         write_text(HERE / f"{name}.md", text + "\n")
+    for page in str(pages).split(",") if test and pages else ():
+        write_block(page, str(name), text)
 
 
 def teacher_of(weights: str, epochs: int, values: dict[str, Any], out: Path) -> Path:
@@ -109,13 +123,47 @@ def run(part: str, files: dict[str, str], values: dict[str, Any], out: Path, tes
     return report
 
 
-def markdown(reports: dict[str, CompareReport], split: str) -> str:
-    """Return the table: every row against stock, by seed."""
+def markdown(reports: dict[str, CompareReport], split: str, budget: tuple[int, int]) -> str:
+    """Return the table: every row against stock, by seed.
+
+    Args:
+        reports: By part.
+        split: Whose figures are shown.
+        budget: Epochs of a student and of the teacher.
+    """
     rows = [(part, row) for part, report in reports.items() for row in report.rows]
     base = next((row for part, row in rows if (part, row.method) == BASELINE), None)
-    header = ["student", "start", "method", "seeds", *METRICS, "against stock", "95 % interval"]
-    lines = [[*described(part, row), *figures(row, split), *against(row, base, split)] for part, row in rows]
-    return markdown_table(header, lines)
+    header = ["student", "start", "method", "epochs on labels", "CPU time", "seeds", *METRICS]
+    known = [[*described(part, row), epochs(part, row, budget), cpu_time(part, row)] for part, row in rows]
+    found = [[*figures(row, split), *against(row, base, split)] for _, row in rows]
+    lines = [[*one, *other] for one, other in zip(known, found, strict=True)]
+    return markdown_table([*header, "against stock", "95 % interval"], lines)
+
+
+def epochs(part: str, row: Row, budget: tuple[int, int]) -> str:
+    """Return for how many epochs a row's weights were trained on the labels, and its teacher's."""
+    student, teacher = budget
+    if start_of(part) == "teacher":
+        return f"{teacher} + {student}"
+    return str(student) if row.method == "none" else f"{student}, teacher {teacher}"
+
+
+def cpu_time(part: str, row: Row) -> str:
+    """Return a deployed student's inference time over yolo26n's: OpenVINO, 224 px, one thread; merged surgery is 1."""
+    name = row.student if row.student.startswith("lightnet") else part if part == "yolo11n" else "yolo26n"
+    report = next(r for r in read_json(HERE / "model_latency.json")["reports"] if is_cpu_time(r))
+    rounds = {Path(one["artifact"]).name.rsplit("-", 1)[0]: one["rounds_ms"]["inference"] for one in report["rows"]}
+    return f"{statistics.median(a / b for a, b in zip(rounds[name], rounds['yolo26n'], strict=True)):.2f}"
+
+
+def is_cpu_time(report: dict[str, Any]) -> bool:
+    """Tell whether a latency report is the one that the table quotes."""
+    return bool(report["format"] == "openvino" and report["canvas"][0] == 224)
+
+
+def start_of(part: str) -> str:
+    """Return where a part's students start."""
+    return "teacher" if part == "lightnet" or part.startswith("more epochs") else "COCO"
 
 
 def teacher_line(teacher: str, values: dict[str, Any], split: str) -> str:
@@ -141,10 +189,9 @@ def gains(reports: dict[str, CompareReport], split: str) -> str:
 
 def described(part: str, row: Row) -> list[str]:
     """Return what a row is, in words."""
-    start = "teacher" if part == "lightnet" or part.startswith("more epochs") else "COCO"
     named = {"stock": "yolo26n", "surgery": "yolo26n, qarep", "yolo11n": "yolo11n", "more epochs": "yolo26n"}
     named["more epochs ours"] = "yolo26n, our recipe"
-    return [named.get(part, row.student), start, row.method]
+    return [named.get(part, row.student), start_of(part), row.method]
 
 
 def results(row: Row, metric: str, split: str) -> list[float]:

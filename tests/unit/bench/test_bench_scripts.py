@@ -46,15 +46,15 @@ def test_fps__table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[-1] == "Not made here: engine (no GPU)."
 
 
-def test_fps__block_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
-    fps = load("fps", monkeypatch)
+def test_pages__a_block_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = load("pages", monkeypatch)
     page = "before\n<!-- fps -->\nold\n<!-- /fps -->\nafter\n"
-    once = fps.replace_block(page, "new")
+    once = pages.replace_block(page, "fps", "new")
     assert once == "before\n<!-- fps -->\nnew\n<!-- /fps -->\nafter\n"
-    assert fps.replace_block(once, "new") == once
+    assert pages.replace_block(once, "fps", "new") == once
     for wrong in ("no marks", "<!-- fps -->", "<!-- /fps --> <!-- fps -->", page + page):
         with pytest.raises(ConfigError, match=r"README\.md: needs <!-- fps --> and"):
-            fps.replace_block(wrong, "new")
+            pages.replace_block(wrong, "fps", "new")
 
 
 def test_model_latency__ratios_are_paired_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,12 +119,14 @@ def test_neu_table__rows_against_stock_paired_by_seed(monkeypatch: pytest.Monkey
     reports = {
         name: CompareReport({}, rows, [], [], [], []) for name, rows in (("stock", [stock]), ("lightnet", [better]))
     }
-    text = table.markdown(reports, "test")
+    text = table.markdown(reports, "test", (8, 40))
     line = next(line for line in text.splitlines() if "lightnet-s" in line)
     # differences 2, 4, 3: mean 3, sd 1, half width 4.303 / sqrt(3) = 2.48
     assert "| +3.0 | +0.5 to +5.5 |" in line
-    assert "| teacher | kd-lightnet | 3 | 32.0 ± 2.0 | 64.0 ± 4.0 |" in line
-    assert "| yolo26n | COCO | none | 3 | 29.0 ± 1.0 | 58.0 ± 2.0 |" in text
+    assert "| teacher | kd-lightnet | 40 + 8 | 0.91 | 3 | 32.0 ± 2.0 | 64.0 ± 4.0 |" in line
+    assert "| yolo26n | COCO | none | 8 | 1.00 | 3 | 29.0 ± 1.0 | 58.0 ± 2.0 |" in text
+    assert table.epochs("surgery", better, (8, 40)) == "8, teacher 40"
+    assert table.cpu_time("yolo11n", made("any", "none", {})) == "1.11"
     assert table.against(made("x", "none", {7: 30.0}), stock, "test") == ["", ""]
     plain = made("lightnet-s", "none", {0: 31.0, 1: 33.0, 2: 31.0})
     gains = table.gains({"lightnet": CompareReport({}, [plain, better], [], [], [], [])}, "test")

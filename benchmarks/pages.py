@@ -1,0 +1,34 @@
+"""Measured tables inside pages: a block between two marks that a script writes anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kd_yolo.errors import ConfigError
+from kd_yolo.files import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_block(page: str, name: str, text: str) -> None:
+    """Put a text between ``<!-- name -->`` and ``<!-- /name -->`` of a page of this project.
+
+    Raises:
+        ConfigError: The page does not have each mark once, in order.
+    """
+    path = ROOT / page
+    write_text(path, replace_block(path.read_text(encoding="utf-8"), name, text, page))
+
+
+def replace_block(content: str, name: str, text: str, page: str = "README.md") -> str:
+    """Return a page's content with another text between the marks.
+
+    Raises:
+        ConfigError: It does not have each mark once, in order.
+    """
+    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, start, rest = content.partition(first)
+    _, end, after = rest.partition(last)
+    if not start or not end or first in rest or last in after:
+        raise ConfigError(f"{page}: needs {first} and {last} once each, in this order")
+    return f"{before}{start}\n{text}\n{end}{after}"
