@@ -11,6 +11,8 @@ teacher=none imgsz=128 epochs=16 batch=32 close_mosaic=4``); the student, LightN
 - ``methods``: every method of the table, three seeds.
 - ``tskd``: the parts of TSKD, three seeds.
 
+The committed figures of ``kd-lightnet`` are those of its default at that time, ``kd.one2one=false``.
+
 All choices are made on the validation split. Runs are content-addressed: what is done is not done again, and a run that
 two comparisons need is trained once. ``parts=tskd`` does a part of it.
 """

@@ -18,8 +18,9 @@ from optuna.trial import TrialState
 from test_bench_scripts import FOLDER, load
 
 from kd_yolo.compare.job import Job, JobResult
-from kd_yolo.config import split_train_keys
-from kd_yolo.resources import builtin_root, load_yaml
+from kd_yolo.config import split_train_keys, stock_keys
+from kd_yolo.tasks.preflight import resolve_method
+from kd_yolo.tasks.start import narrowed_defaults
 
 
 @pytest.fixture
@@ -53,13 +54,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, search: ModuleType, epochs: int = 
         for done in range(1, epochs + 1):
             with (job.folder / "student" / "results.csv").open("w", newline="") as stream:
                 rows = csv.writer(stream)
-                rows.writerow(["epoch", search.METRIC])
+                rows.writerow(["epoch", "metrics/mAP50-95(B)"])
                 rows.writerows([epoch, value / 100 * epoch / epochs] for epoch in range(1, done + 1))
             if stop is not None and stop.wait(pause):
                 return JobResult(job.name, job.address, "stopped", {}, reason="stopped")
         return JobResult(job.name, job.address, "done", {}, {"metrics": {"mAP50-95": value / 100}})
 
     monkeypatch.setattr(search, "run_job", run)
+    monkeypatch.setattr(search, "train", lambda jobs, workers: [run(job) for job in jobs])
     return jobs
 
 
@@ -93,14 +95,17 @@ def test_screen_and_confirm__the_best_wins(
     search: ModuleType, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = stand_in(monkeypatch, search)
-    study = search.screen(keys, tmp_path)
+    study = search.screen(keys, tmp_path, threading.Event())
     assert len(study.trials) == 7
     tried = [trial.params for trial in study.trials[: len(search.FIRST)]]
     assert tried == [{**search.DEFAULT, **change} for change in search.FIRST]
     chosen = search.confirm(study, keys, tmp_path)
-    assert chosen[0]["mean"] == max(row["mean"] for row in chosen)
-    assert not chosen[0]["default"]
-    assert [row["default"] for row in chosen].count(True) == 1
+    assert chosen[0]["mean"] == max(row["mean"] for row in chosen) == sum(chosen[0]["values"][1:]) / 2
+    assert chosen[0]["recipe"] != search.DEFAULT
+    assert [row["recipe"] for row in chosen].count(search.DEFAULT) == 1
+    text = search.page(json.loads(json.dumps(search.summary(study, chosen, keys))))
+    assert text.splitlines()[4].startswith(f"| {search.changed(chosen[0]['recipe'])} | ")
+    assert "| default before |" in text
     assert {job.arguments["seed"] for job in jobs} == {search.SCREEN_SEED, *search.CONFIRM_SEEDS}
 
 
@@ -108,18 +113,18 @@ def test_confirm__a_gain_within_the_margin_leaves_the_default(
     search: ModuleType, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(monkeypatch, search)
-    study = search.screen(keys, tmp_path)
+    study = search.screen(keys, tmp_path, threading.Event())
     monkeypatch.setattr(search, "MARGIN", 100.0)
-    assert search.confirm(study, keys, tmp_path)[0]["default"]
+    assert search.confirm(study, keys, tmp_path)[0]["recipe"] == search.DEFAULT
 
 
 def test_screen__goes_on_after_an_interruption(
     search: ModuleType, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = stand_in(monkeypatch, search)
-    study = search.screen({**keys, "trials": 3}, tmp_path)
+    study = search.screen({**keys, "trials": 3}, tmp_path, threading.Event())
     asked = study.ask(fixed_distributions=distributions(search))  # a trial whose process was killed
-    search.screen(keys, tmp_path)
+    search.screen(keys, tmp_path, threading.Event())
     again = [job.arguments for job in jobs[3:]]
     wanted = search.job_of(asked.params, search.SCREEN_SEED, keys, tmp_path).arguments
     assert wanted in again
@@ -128,37 +133,79 @@ def test_screen__goes_on_after_an_interruption(
     assert [t.state for t in study.get_trials() if t.number == asked.number] == [TrialState.FAIL]
 
 
-def test_screen__ctrl_c_ends_the_trainings_and_the_next_call_resumes_them(
-    search: ModuleType, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("jobs_at_once", [1, 2])
+def test_main__ctrl_c_ends_the_trainings_and_the_next_call_resumes_them(
+    search: ModuleType, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs_at_once: int
 ) -> None:
     jobs = stand_in(monkeypatch, search, pause=5.0)  # 40 s a run unless it is told to stop
-    handler = signal.getsignal(signal.SIGINT)
-    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
-    began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        search.screen({**keys, "jobs": 2}, tmp_path)
-    assert time.monotonic() - began < 10
-    assert signal.getsignal(signal.SIGINT) is handler
-    interrupted = [job.name for job in jobs]
-    assert interrupted
-    again = stand_in(monkeypatch, search)
-    study = search.screen(keys, tmp_path)
-    assert set(interrupted) <= {job.name for job in again}
-    assert sum(trial.state in {TrialState.COMPLETE, TrialState.PRUNED} for trial in study.trials) == 7
+    monkeypatch.setattr(search, "HERE", tmp_path)
+    monkeypatch.setattr(search, "resolve_dataset", lambda name: tmp_path / "neu" / "data.yaml")
+    words = [f"teacher={keys['teacher']}", f"out={tmp_path}", "trials=7", "top=1", f"jobs={jobs_at_once}"]
+    monkeypatch.setattr("sys.argv", ["recipe_search.py", *words])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        began = time.monotonic()
+        with pytest.raises(SystemExit, match="stopped; the same command goes on"):
+            search.main()
+        assert time.monotonic() - began < 10
+        interrupted = {job.name for job in jobs}
+        assert len(interrupted) == jobs_at_once
+        again = stand_in(monkeypatch, search)
+        search.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert interrupted <= {job.name for job in again}
+    written = json.loads((tmp_path / "recipe_search.json").read_text())
+    assert len(written["trials"]) == 7
+    assert written["setting"]["data"] == "neu"
+    assert written["winner"] == written["confirmed"][0]["recipe"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["epoch=8"], "unknown key 'epoch'; did you mean 'epochs'"),
+        (["trials=abc"], "trials=abc: a whole number of at least 1 is needed"),
+        (["teacher=/no/such.pt"], "teacher=/no/such.pt: no such file"),
+        (["data=no-such-set", "teacher=TEACHER"], "no-such-set"),
+    ],
+)
+def test_main__bad_input_is_one_line(
+    search: ModuleType, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    given = [word.replace("TEACHER", keys["teacher"]) for word in words]
+    monkeypatch.setattr("sys.argv", ["recipe_search.py", *given])
+    with pytest.raises(SystemExit) as caught:
+        search.main()
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_screen__another_setting_is_another_search(
+    search: ModuleType, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = stand_in(monkeypatch, search)
+    search.screen(keys, tmp_path, threading.Event())
+    search.screen(keys, tmp_path, threading.Event())
+    assert len(jobs) == 7
+    search.screen({**keys, "imgsz": 160}, tmp_path, threading.Event())
+    assert len(jobs) == 14
 
 
 def test_screen__a_poor_run_is_stopped(
     search: ModuleType, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(monkeypatch, search)
-    study = search.screen({**keys, "trials": 6}, tmp_path)
+    study = search.screen({**keys, "trials": 6}, tmp_path, threading.Event())
     monkeypatch.setitem(globals(), "merit", lambda arguments: 3.0)
     stand_in(monkeypatch, search, pause=0.1)
-    search.screen(keys, tmp_path)
+    search.screen(keys, tmp_path, threading.Event())
     last = study.get_trials()[-1]
     assert last.state == TrialState.PRUNED
-    assert search.GRACE * 8 - 1 <= len(last.intermediate_values) < 8
+    assert 5 <= len(last.intermediate_values) < 8  # 0.6 of 8 epochs
 
 
 def distributions(search: ModuleType) -> dict[str, Any]:
@@ -168,12 +215,12 @@ def distributions(search: ModuleType) -> dict[str, Any]:
 def test_winner__is_what_is_shipped(search: ModuleType) -> None:
     """The winner of the committed search is the default: of the method's YAML and of ``cfg/train/default.yaml``."""
     winner = json.loads((FOLDER / "recipe_search.json").read_text(encoding="utf-8"))["winner"]
-    method = load_yaml(builtin_root() / "methods" / "kd-lightnet.yaml")
-    narrowed = load_yaml(builtin_root() / "train" / "default.yaml")["narrowed"]
-    for key, value in winner.items():
-        group, _, name = key.rpartition(".")
-        shipped = method["args"] if group == "kd" else method["schedule"] if group == "schedule" else method
-        found = shipped.get(name, narrowed.get(name, search.DEFAULT.get(key)))
-        if key == "kd.one2one" and found is None:  # where both detectors have that head, which they had in the search
-            found = True
-        assert found == value, key
+    assert set(winner) == set(search.SPACE)
+    config, stock, groups = split_train_keys({"data": "neu", "teacher": "x.pt"})
+    method = resolve_method(config, groups, stock)
+    shipped = {"balance": method["balance"], "schedule.decay": method["schedule"]["decay"]}
+    shipped |= {f"kd.{key}": value for key, value in method["args"].items()}
+    shipped |= {**stock_keys(), **narrowed_defaults()}
+    if shipped["kd.one2one"] is None:  # where both detectors have that head, which they had in the search
+        shipped["kd.one2one"] = True
+    assert {key: shipped[key] for key in winner} == winner
