@@ -3,10 +3,10 @@
     python benchmarks/canvas_front.py weights=yolo26n.pt teacher=yolo26n-neu.pt data=neu canvases=128,160,224,320
 
 ``weights`` is the pretrained file, ``teacher`` the detector of ``neu_table.py`` (trained at 128 px). For every canvas
-the teacher is trained on at that canvas for ``teacher_epochs`` first; then stock yolo26n (Ultralytics' recipe, from
-``weights``), LightNet-n and LightNet-s (default recipe under that teacher, from that teacher) are trained for
-``epochs``, merged, exported to ONNX with the parity check, judged on the test split at that canvas and timed in one
-interleaved benchmark. Runs are kept by content: the same command goes on, further canvases cost only their own runs.
+the teacher is trained on at that canvas for ``teacher_epochs`` with Ultralytics' recipe, and is shown itself; stock
+yolo26n (Ultralytics' recipe, from ``weights``), LightNet-n and LightNet-s (default recipe under that teacher, from that
+teacher) are trained for ``epochs``. All are merged, exported to ONNX with the parity check, judged on the test split at
+that canvas and timed in one interleaved benchmark. Runs are kept by content: the same command goes on.
 
 Writes ``canvas_front.json``, ``.md`` and ``.png`` beside this script. Other keys: seed=, batch=, jobs=, rounds=, out=.
 """
@@ -37,7 +37,6 @@ KEYS: dict[str, Any] = {
     "weights": "yolo26n.pt",
     "teacher": "yolo26n-neu.pt",
     "canvases": "128,160,224,320",
-    "teacher_canvas": 128,
     "epochs": 8,
     "teacher_epochs": 8,
     "batch": 32,
@@ -47,8 +46,15 @@ KEYS: dict[str, Any] = {
     "rounds": 20,
     "out": "runs/canvas-front",
 }
-MODELS = ("yolo26n", "lightnet-n", "lightnet-s")
-LABELS = {"yolo26n": "stock yolo26n", "lightnet-n": "LightNet-n", "lightnet-s": "LightNet-s"}
+STUDENTS = ("yolo26n", "lightnet-n", "lightnet-s")
+MODELS = (*STUDENTS, "teacher")
+COLORS = {"yolo26n": "grey", "teacher": "silver"}
+LABELS = {
+    "teacher": "the teacher, a yolo26n",
+    "yolo26n": "stock yolo26n",
+    "lightnet-n": "LightNet-n",
+    "lightnet-s": "LightNet-s",
+}
 
 
 def main() -> None:
@@ -63,32 +69,27 @@ def main() -> None:
         keys[name] = str(file)
     keys["data"], out = str(resolve_dataset(str(keys["data"]))), Path(str(keys["out"])).resolve()
     canvases = numbers(keys["canvases"])
-    teachers = train_teachers(canvases, keys, out)
-    jobs = {(name, side): student_job(name, side, teachers[side], keys, out) for side in canvases for name in MODELS}
+    teachers = {side: teacher_job(side, keys, out) for side in canvases}
+    train(list(teachers.values()), int(keys["jobs"]))
+    jobs = {
+        (name, side): student_job(name, side, teachers[side].checkpoint, keys, out)
+        for side in canvases
+        for name in STUDENTS
+    }
     train(list(jobs.values()), int(keys["jobs"]))
-    points = measured(jobs, keys)
+    points = measured(jobs | {("teacher", side): job for side, job in teachers.items()}, keys)
     setting = {key: keys[key] for key in ("epochs", "teacher_epochs", "batch", "seed", "rounds")}
     write_json(HERE / "canvas_front.json", {"setting": {**setting, "split": "test"}, "points": points})
     write_text(HERE / "canvas_front.md", table(points) + "\n")
-    draw(points, HERE / "canvas_front.png", str(keys["data"]))
+    title = f"{Path(str(keys['data'])).parent.name}, test split; seed {keys['seed']}; canvases in pixels"
+    draw(points, HERE / "canvas_front.png", title)
     print(table(points))
 
 
-def train_teachers(canvases: Sequence[int], keys: Mapping[str, Any], out: Path) -> dict[int, Path]:
-    """Return the teacher of every canvas; the given one at its own canvas."""
-    found = {int(keys["teacher_canvas"]): Path(keys["teacher"])}
-    jobs = {}
-    for side in canvases:
-        if side not in found:
-            arguments = {
-                "model": keys["teacher"],
-                "teacher": "none",
-                "method": "none",
-                "epochs": keys["teacher_epochs"],
-            }
-            jobs[side] = job_of(f"teacher-{side}", side, arguments, keys, out)
-    train(list(jobs.values()), int(keys["jobs"]))
-    return found | {side: job.checkpoint for side, job in jobs.items()}
+def teacher_job(side: int, keys: Mapping[str, Any], out: Path) -> Job:
+    """Return the run that trains the teacher on at a canvas."""
+    plain = {"model": keys["teacher"], "teacher": "none", "method": "none", "epochs": keys["teacher_epochs"]}
+    return job_of(f"teacher-{side}", side, plain, keys, out)
 
 
 def student_job(name: str, side: int, teacher: Path, keys: Mapping[str, Any], out: Path) -> Job:
@@ -148,7 +149,7 @@ def table(points: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(header, rows)
 
 
-def draw(points: Sequence[Mapping[str, Any]], path: Path, data: str) -> None:
+def draw(points: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draw one line a model over the canvases."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -156,15 +157,15 @@ def draw(points: Sequence[Mapping[str, Any]], path: Path, data: str) -> None:
     figure = Figure(figsize=(7.5, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name in MODELS:
+    for name in dict.fromkeys(point["model"] for point in points):
         line = [point for point in points if point["model"] == name]
         x, y = [point["total_ms_p50"] for point in line], [100 * point["map50_95"] for point in line]
-        axes.plot(x, y, marker="o", label=LABELS[name], color="grey" if name == "yolo26n" else None)
+        axes.plot(x, y, marker="o", label=LABELS[name], color=COLORS.get(name))
         for point, left, low in zip(line, x, y, strict=True):
             axes.annotate(str(point["imgsz"]), (left, low), textcoords="offset points", xytext=(4, -10), fontsize=8)
     axes.set_xlabel("milliseconds an image, p50, one CPU thread, ONNX Runtime, pre- and post-processing included")
     axes.set_ylabel("mAP50-95, test split")
-    axes.set_title(f"{Path(data).parent.name}: every point at its canvas in pixels, 8 epochs, one seed", fontsize=10)
+    axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
     with written_aside(path) as aside, aside.open("wb") as stream:

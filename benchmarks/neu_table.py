@@ -25,10 +25,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pages import write_block
+from pages import check_block, write_block
 from single_runs import run_of, train
 
 from kd_yolo.bench.accuracy import judge
+from kd_yolo.checkpoints import load_model
 from kd_yolo.compare.outcome import read_json
 from kd_yolo.compare.report import CompareReport, Row
 from kd_yolo.compare.run import compare
@@ -36,6 +37,7 @@ from kd_yolo.compare.settings import split_compare_keys
 from kd_yolo.compare.statistics import compare_pairs
 from kd_yolo.config import parse_pairs, refuse_unknown
 from kd_yolo.data.datasets import resolve_dataset
+from kd_yolo.errors import ConfigError, KDYoloError
 from kd_yolo.files import write_json, write_text
 from kd_yolo.tables import markdown_table
 from kd_yolo.tasks.start import narrowed_defaults
@@ -69,43 +71,75 @@ BASELINE = ("stock", "none")
 METRICS = ("mAP50-95", "mAP50")
 
 
+PLACES = {"out": "runs/neu-table", "name": "neu_table", "parts": ",".join(PARTS), "teacher_epochs": 40, "pages": ""}
+
+
 def main() -> None:
     """Run what is missing; with ``test=true`` judge it on the test split and write ``NAME.json`` and ``.md``."""
-    places = {
-        "out": "runs/neu-table",
-        "name": "neu_table",
-        "parts": ",".join(PARTS),
-        "teacher_epochs": 40,
-        "pages": False,
-    }
-    values: dict[str, Any] = {**SETTING, **places, **parse_pairs(sys.argv[1:])}
-    refuse_unknown(values, [*SETTING, *FILES, *places, "test", "jobs", "engine", "address"], "neu_table.py")
-    name, teacher_epochs, pages = (values.pop(key) for key in ("name", "teacher_epochs", "pages"))
-    out, chosen = Path(str(values.pop("out"))).resolve(), str(values.pop("parts")).split(",")
-    test = bool(values.pop("test", False))
-    files = {key: str(values.pop(key)) for key in FILES if key in values}
+    try:
+        measure(checked(parse_pairs(sys.argv[1:])))
+    except KDYoloError as error:
+        sys.exit(f"neu_table.py: {error}")
+
+
+def checked(given: dict[str, Any]) -> dict[str, Any]:
+    """Return all keys; ``parts`` and ``pages`` as lists, ``files`` by name, ``seeds`` alone when given.
+
+    Raises:
+        KDYoloError: An unknown key or part, a file or a page's marks that are not there.
+    """
+    refuse_unknown(given, [*SETTING, *FILES, *PLACES, "test", "jobs", "engine", "address"], "neu_table.py")
+    keys = {**SETTING, **PLACES, "test": False, **given}
+    keys["parts"] = [part.strip() for part in str(keys["parts"]).split(",")]
+    for part in keys["parts"]:
+        if part not in PARTS:
+            raise ConfigError(f"parts={part}: unknown; known: {', '.join(PARTS)}")
+    keys["files"] = {name: str(keys.pop(name)) for name in FILES if name in keys}
+    needed = {"weights"} | ({"weights11"} & {PARTS[part]["students"] for part in keys["parts"]})
+    for name in sorted(needed | set(keys["files"])):
+        if not Path(keys["files"].get(name, "")).is_file():
+            raise ConfigError(f"{name}={keys['files'].get(name, '')}: no such file; give a pretrained checkpoint")
+    keys["pages"] = [page for page in str(keys["pages"]).split(",") if page]
+    if keys["pages"] and not keys["test"]:
+        raise ConfigError("pages=: pages hold figures of the test split; add test=true")
+    for page in keys["pages"]:
+        check_block(page, str(keys["name"]))
+    keys["seeds_given"] = "seeds" in given
+    return keys
+
+
+def measure(keys: dict[str, Any]) -> None:
+    """Train and judge; write the files."""
+    own = {name: keys.pop(name) for name in (*PLACES, "files", "test", "seeds_given")}
+    files, out, split = own["files"], Path(str(own["out"])).resolve(), "test" if own["test"] else "val"
     if "teacher" not in files:
-        files["teacher"] = str(teacher_of(files["weights"], int(teacher_epochs), values, out))
-    reports = {part: run(part, files, values, out, test) for part in chosen}
-    split = "test" if test else "val"
-    budget = (int(values["epochs"]), int(teacher_epochs))
-    parts = [markdown(reports, split, budget), teacher_line(files["teacher"], values, split), gains(reports, split)]
+        files["teacher"] = str(teacher_of(files["weights"], int(own["teacher_epochs"]), keys, out))
+    reports = {part: run(part, files, keys, out, own) for part in own["parts"]}
+    budget = (int(keys["epochs"]), int(load_model(files["teacher"])[1].get("train_args", {}).get("epochs", 0)))
+    parts = [markdown(reports, split, budget), caption(files["teacher"], keys, split), gains(reports, split)]
     text = "\n\n".join(parts)
     print(text)
-    if test:
+    if own["test"]:
         content = {part: {k: v for k, v in report.to_dict().items() if k in KEPT} for part, report in reports.items()}
-        write_json(HERE / f"{name}.json", content)
-        write_text(HERE / f"{name}.md", text + "\n")
-    for page in str(pages).split(",") if test and pages else ():
-        write_block(page, str(name), text)
+        write_json(HERE / f"{own['name']}.json", content)
+        write_text(HERE / f"{own['name']}.md", text + "\n")
+    for page in own["pages"]:
+        write_block(page, str(own["name"]), text)
 
 
 def teacher_of(weights: str, epochs: int, values: dict[str, Any], out: Path) -> Path:
     """Fine-tune the pretrained file on the data set, unless that is done, and return the checkpoint."""
     stock = {key: values[key] for key in ("imgsz", "batch", "device")}
-    given = {"model": str(Path(weights).absolute()), "teacher": "none", "method": "none", "epochs": epochs}
+    given: dict[str, Any] = {
+        "model": str(Path(weights).absolute()),
+        "teacher": "none",
+        "method": "none",
+        "epochs": epochs,
+    }
     data = str(resolve_dataset(str(values["data"])))
-    job = run_of("teacher", {**stock, **given, "data": data, "close_mosaic": epochs // 4, "seed": 0}, out)
+    job = run_of(
+        "teacher", {**stock, **given, "data": data, "close_mosaic": epochs // 4, "seed": 0}, out, int(values["threads"])
+    )
     train([job], 1)
     return job.checkpoint
 
@@ -113,14 +147,14 @@ def teacher_of(weights: str, epochs: int, values: dict[str, Any], out: Path) -> 
 KEPT = ("setting", "rows", "notes")
 
 
-def run(part: str, files: dict[str, str], values: dict[str, Any], out: Path, test: bool) -> CompareReport:
+def run(part: str, files: dict[str, str], values: dict[str, Any], out: Path, own: dict[str, Any]) -> CompareReport:
     """Run one comparison; all share the folder of runs."""
     wanted = {key: files.get(str(value), value) for key, value in PARTS[part].items()}
-    if values["seeds"] != SETTING["seeds"]:
+    if own["seeds_given"]:
         wanted.pop("seeds", None)
     given = {**values, **wanted, "teacher": files["teacher"] if "," in wanted["methods"] else "none"}
     place = {"project": str(out.parent), "name": out.name, "out": str(out / "reports" / part.replace(" ", "-"))}
-    judged = {"test": True, "test_methods": wanted["methods"]} if test else {}
+    judged = {"test": True, "test_methods": wanted["methods"]} if own["test"] else {}
     keys, stock = split_compare_keys({**given, **place, **judged})
     report = compare(keys, stock)
     if line := report.failure_line():
@@ -171,11 +205,15 @@ def start_of(part: str) -> str:
     return "teacher" if part == "lightnet" or part.startswith("more epochs") else "COCO"
 
 
-def teacher_line(teacher: str, values: dict[str, Any], split: str) -> str:
-    """Return what the teacher itself reaches, in one line."""
+def caption(teacher: str, values: dict[str, Any], split: str) -> str:
+    """Return what the columns mean and what the teacher itself reaches."""
     data = str(resolve_dataset(str(values["data"])))
     found = judge(Path(teacher), data, split, int(values["imgsz"]))
-    return f"The teacher itself: {100 * found.map50_95:.1f} mAP50-95, {100 * found.map50:.1f} mAP50."
+    return (
+        f"{Path(data).parent.name}, {split} split, canvas {values['imgsz']}, batch {values['batch']}; mean ± sd over "
+        "seeds; differences paired by seed, t intervals. CPU time: of the deployed network over yolo26n's, OpenVINO, "
+        f"224 px, one thread. The teacher itself: {100 * found.map50_95:.1f} mAP50-95, {100 * found.map50:.1f} mAP50."
+    )
 
 
 def gains(reports: dict[str, CompareReport], split: str) -> str:

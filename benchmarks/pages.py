@@ -20,6 +20,17 @@ def write_block(page: str, name: str, text: str) -> None:
     write_text(path, replace_block(path.read_text(encoding="utf-8"), name, text, page))
 
 
+def check_block(page: str, name: str) -> None:
+    """Refuse a page of this project without the marks, before anything is measured for it.
+
+    Raises:
+        ConfigError: There is no such page, or not each mark once, in order.
+    """
+    if not (ROOT / page).is_file():
+        raise ConfigError(f"{page}: no such page in this project")
+    replace_block((ROOT / page).read_text(encoding="utf-8"), name, "", page)
+
+
 def replace_block(content: str, name: str, text: str, page: str = "README.md") -> str:
     """Return a page's content with another text between the marks.
 

@@ -135,6 +135,48 @@ def test_neu_table__rows_against_stock_paired_by_seed(monkeypatch: pytest.Monkey
     assert set(table.PARTS) >= {"stock", "lightnet", "more epochs"}
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "weights=: no such file; give a pretrained checkpoint"),
+        (["weights=W", "parts=stock", "teacher=/no.pt"], "teacher=/no.pt: no such file"),
+        (["weights=W", "parts=stock,yolo11n"], "weights11=: no such file"),
+        (["weights=W", "parts=stok"], "parts=stok: unknown; known: stock, lightnet"),
+        (["weights=W", "parts=stock", "pages=README.md"], "pages=: pages hold figures of the test split"),
+        (["weights=W", "parts=stock", "test=true", "name=odd", "pages=README.md"], "README.md: needs <!-- odd -->"),
+        (["weights=W", "parts=stock", "test=true", "pages=NO.md"], "NO.md: no such page"),
+        (["epoch=3"], "unknown key 'epoch'"),
+    ],
+)
+def test_neu_table__bad_input_is_one_line_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str], message: str
+) -> None:
+    table = load("neu_table", monkeypatch)
+    (tmp_path / "w.pt").write_bytes(b"weights")
+    given = [word.replace("weights=W", f"weights={tmp_path / 'w.pt'}") for word in words]
+    monkeypatch.setattr("sys.argv", ["neu_table.py", *given])
+    with pytest.raises(SystemExit) as caught:
+        table.main()
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_neu_table__seeds_of_a_part_give_way_to_given_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = load("neu_table", monkeypatch)
+    asked: list[str] = []
+
+    def split(values: dict[str, object]) -> tuple[None, dict[str, object]]:
+        asked.append(str(values["seeds"]))
+        return None, {}
+
+    monkeypatch.setattr(table, "split_compare_keys", split)
+    monkeypatch.setattr(table, "compare", lambda keys, stock: CompareReport({}, [], [], [], [], []))
+    for given in (False, True):
+        own = {"seeds_given": given, "test": False}
+        table.run("yolo11n", {"teacher": "t.pt"}, {"seeds": "0,1,2,3,4"}, tmp_path, own)
+    assert asked == ["0,1,2", "0,1,2,3,4"]
+
+
 def test_run_of__is_named_by_the_content_of_its_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run_of = load("single_runs", monkeypatch).run_of
     weights = tmp_path / "a.pt"
@@ -149,3 +191,7 @@ def test_run_of__is_named_by_the_content_of_its_files(monkeypatch: pytest.Monkey
     assert len({name(), name(seed=1), name(epochs=9), name(data="neu")}) == 4
     weights.write_bytes(b"two")
     assert name() != name(model=str(copy))
+    before = name(), name(method="none")
+    monkeypatch.setattr(sys.modules["single_runs"], "narrowed_defaults", lambda: {"mosaic": 1.0})
+    assert name() != before[0]  # another default recipe is another run ...
+    assert name(method="none") == before[1]  # ... but not of plain training

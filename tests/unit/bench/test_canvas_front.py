@@ -11,7 +11,6 @@ import cv2
 import pytest
 from test_bench_scripts import load
 
-from kd_yolo.compare.job import Job
 from kd_yolo.config import split_train_keys
 
 
@@ -28,23 +27,20 @@ def keys(front: ModuleType, tmp_path: Path) -> dict[str, Any]:
     return {**front.KEYS, **files, "data": str(tmp_path / "neu" / "data.yaml")}
 
 
-def test_teachers__the_given_one_at_its_canvas_others_trained_on(
-    front: ModuleType, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Job] = []
-    monkeypatch.setattr(front, "train", lambda jobs, workers: asked.extend(jobs))
-    found = front.train_teachers([128, 224], keys, tmp_path)
-    assert found[128] == Path(keys["teacher"])
-    (job,) = asked
-    assert found[224] == job.checkpoint
-    assert (job.arguments["imgsz"], job.arguments["model"], job.arguments["teacher"]) == (224, keys["teacher"], "none")
+def test_teachers__are_trained_on_at_every_canvas(front: ModuleType, keys: dict[str, Any], tmp_path: Path) -> None:
+    jobs = [front.teacher_job(side, keys, tmp_path) for side in (128, 224)]
+    assert len({job.name for job in jobs}) == 2
+    for job, side in zip(jobs, (128, 224), strict=True):
+        split_train_keys(job.arguments)  # refuses what train does not know
+        wanted = (side, keys["teacher"], "none")
+        assert tuple(job.arguments[key] for key in ("imgsz", "model", "teacher")) == wanted
 
 
 def test_students__stock_from_the_weights_ours_under_the_teacher(
     front: ModuleType, keys: dict[str, Any], tmp_path: Path
 ) -> None:
     teacher = Path(keys["teacher"])
-    jobs = [front.student_job(name, side, teacher, keys, tmp_path) for name in front.MODELS for side in (128, 224)]
+    jobs = [front.student_job(name, side, teacher, keys, tmp_path) for name in front.STUDENTS for side in (128, 224)]
     assert len({job.name for job in jobs}) == 6
     for job in jobs:
         split_train_keys(job.arguments)  # refuses what train does not know
@@ -66,10 +62,16 @@ def test_draw__one_line_a_model(front: ModuleType, tmp_path: Path) -> None:
         for name in front.MODELS
         for side in (128, 224)
     ]
-    front.draw(points, tmp_path / "front.png", "sets/neu/data.yaml")
-    picture = cv2.imread(str(tmp_path / "front.png"))
-    assert picture is not None
-    assert len({tuple(pixel) for pixel in picture.reshape(-1, 3).tolist()}) > 50
+    front.draw(points, tmp_path / "front.png", "a title")
+    front.draw(points[:2], tmp_path / "one.png", "a title")
+    pictures = [cv2.imread(str(tmp_path / name)) for name in ("front.png", "one.png")]
+    orange = (14, 127, 255)  # the second line's colour, which nothing else has
+    found = [
+        any(tuple(pixel) == orange for pixel in picture.reshape(-1, 3).tolist())
+        for picture in pictures
+        if picture is not None
+    ]
+    assert found == [True, False]
     lines = front.table(points).splitlines()
     assert len(lines) == 2 + len(points)
     assert lines[2].startswith("| stock yolo26n | 128 | 3.20 | 4.27 | 34.3 | 60.0 |")
