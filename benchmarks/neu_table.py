@@ -66,6 +66,7 @@ PARTS: dict[str, dict[str, Any]] = {
     | {"seeds": THREE, **narrowed_defaults()},
     "yolo11n": {"students": "weights11", "methods": "none,score-l2", "seeds": THREE},
 }
+SHORT = ("stock", "lightnet", "more epochs ours")
 FILES = ("weights", "weights11", "teacher")
 BASELINE = ("stock", "none")
 METRICS = ("mAP50-95", "mAP50")
@@ -123,8 +124,10 @@ def measure(keys: dict[str, Any]) -> None:
         content = {part: {k: v for k, v in report.to_dict().items() if k in KEPT} for part, report in reports.items()}
         write_json(HERE / f"{own['name']}.json", content)
         write_text(HERE / f"{own['name']}.md", text + "\n")
-    for page in own["pages"]:
-        write_block(page, str(own["name"]), text)
+    short = {part: report for part, report in reports.items() if part in SHORT}
+    for page in own["pages"]:  # the README shows the rows that answer its question
+        shown = "\n\n".join([markdown(short, split, budget), *parts[1:2]]) if page == "README.md" else text
+        write_block(page, str(own["name"]), shown)
 
 
 def teacher_of(weights: str, epochs: int, values: dict[str, Any], out: Path) -> Path:

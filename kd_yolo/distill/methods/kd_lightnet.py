@@ -11,8 +11,8 @@ Bernoulli (with a softmax it would be exactly 0 for one class), per anchor a and
     kd_cls = tau^2 sum_ak w_ak kb_ak / sum_a v_a
 
 Where both have a one-to-one head, kd_cls gets the same over its logits, with c_a for v_a. c_a = max_k sigmoid(t_ak) is
-the teacher's confidence. It is not tempered: a temperature above 1 lifts the thousands of background anchors (at tau = 4
-a logit of -8 becomes 0.12 instead of 0.0003), and v_a is there to ignore them.
+the teacher's confidence. It is not tempered: a temperature above 1 lifts the thousands of background anchors (at
+tau = 4 a logit of -8 becomes 0.12 instead of 0.0003), and v_a is there to ignore them.
 |p - q|^gamma is BCKD's focus on disagreement (Yang et al., ICCV 2023, arXiv:2308.14286), but detached, so that the
 gradient of a term is exactly tau w (q - p) / sum_a v_a. The box part by bins follows localization distillation (Zheng
 et al., CVPR 2022, arXiv:2102.12252). tau^2 keeps the size of the gradient when tau changes (Hinton et al.,
