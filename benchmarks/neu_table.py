@@ -58,8 +58,8 @@ THREE = "0,1,2"  # of the parts that say more about the way than about the resul
 PARTS: dict[str, dict[str, Any]] = {
     "stock": {"students": "weights", "methods": "none,score-l2"},
     "lightnet": {"students": "lightnet-n,lightnet-s", "methods": "none,kd-lightnet", "pretrained": "teacher"},
-    "more epochs": {"students": "teacher", "methods": "none"},
-    "more epochs ours": {"students": "teacher", "methods": "none", **narrowed_defaults()},
+    "more epochs": {"students": "teacher", "methods": "none", "seeds": THREE},
+    "more epochs ours": {"students": "teacher", "methods": "none", "seeds": THREE} | narrowed_defaults(),
     "from COCO": {"students": "lightnet-n,lightnet-s", "methods": "none,kd-lightnet", "pretrained": "weights"}
     | {"seeds": THREE},
     "surgery": {"students": "weights", "methods": "none,kd-lightnet", "reparam": "qarep"}
