@@ -47,7 +47,6 @@ KEYS: dict[str, Any] = {
     "out": "runs/canvas-front",
 }
 STUDENTS = ("yolo26n", "lightnet-n", "lightnet-s")
-MODELS = (*STUDENTS, "teacher")
 COLORS = {"yolo26n": "grey", "teacher": "silver"}
 LABELS = {
     "teacher": "the teacher, a yolo26n",
@@ -173,8 +172,14 @@ def draw(points: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
 
 
 def numbers(value: Any) -> list[int]:
-    """Return the whole numbers of ``a,b,c``."""
-    parts = value if isinstance(value, list) else str(value).split(",")
+    """Return the whole numbers of ``a,b,c``.
+
+    Raises:
+        ConfigError: One is none.
+    """
+    parts = [str(part).strip() for part in (value if isinstance(value, list) else str(value).split(","))]
+    if not all(part.isdigit() for part in parts):
+        raise ConfigError(f"canvases={value}: whole numbers are needed, for example canvases=128,160")
     return [int(part) for part in parts]
 
 

@@ -59,7 +59,7 @@ def test_draw__one_line_a_model(front: ModuleType, tmp_path: Path) -> None:
             "map50_95": 0.3 + side / 3e3,
         }
         | {"map50": 0.6}
-        for name in front.MODELS
+        for name in (*front.STUDENTS, "teacher")
         for side in (128, 224)
     ]
     front.draw(points, tmp_path / "front.png", "a title")
@@ -81,3 +81,6 @@ def test_main__names_a_missing_file(front: ModuleType, monkeypatch: pytest.Monke
     monkeypatch.setattr("sys.argv", ["canvas_front.py", f"weights={tmp_path / 'no.pt'}"])
     with pytest.raises(front.KDYoloError, match=r"weights=.*no\.pt: no such file"):
         front.main()
+    assert front.numbers("128, 160") == front.numbers([128, 160]) == [128, 160]
+    with pytest.raises(front.KDYoloError, match="canvases=abc: whole numbers are needed"):
+        front.numbers("abc")
