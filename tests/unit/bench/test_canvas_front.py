@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,59 +27,93 @@ def keys(front: ModuleType, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_teachers__are_trained_on_at_every_canvas(front: ModuleType, keys: dict[str, Any], tmp_path: Path) -> None:
-    jobs = [front.teacher_job(side, keys, tmp_path) for side in (128, 224)]
-    assert len({job.name for job in jobs}) == 2
-    for job, side in zip(jobs, (128, 224), strict=True):
+    places = [(128, 0), (224, 0), (224, 1)]
+    jobs = [front.teacher_job(side, seed, keys, tmp_path) for side, seed in places]
+    assert len({job.name for job in jobs}) == 3
+    for job, (side, seed) in zip(jobs, places, strict=True):
         split_train_keys(job.arguments)  # refuses what train does not know
-        wanted = (side, keys["teacher"], "none")
-        assert tuple(job.arguments[key] for key in ("imgsz", "model", "teacher")) == wanted
+        wanted = (side, seed, keys["teacher"], "none")
+        assert tuple(job.arguments[key] for key in ("imgsz", "seed", "model", "teacher")) == wanted
 
 
-def test_students__stock_from_the_weights_ours_under_the_teacher(
-    front: ModuleType, keys: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize(
+    ("spot", "wanted"),
+    [
+        (("yolo26n", 224), {"model": "weights.pt", "teacher": "none", "method": "none"}),
+        (("lightnet-n", 224), {"model": "lightnet-n", "teacher": "224.pt"}),
+        (("lightnet-s", 128), {"model": "lightnet-s", "teacher": "128.pt"}),
+        (
+            ("lightnet-s", 128, 224),
+            {"model": "lightnet-s", "pretrained": "128.pt", "teacher": "224.pt", "teacher_imgsz": 224},
+        ),
+    ],
+)
+def test_students__stock_from_the_weights_ours_under_a_teacher(
+    front: ModuleType, keys: dict[str, Any], tmp_path: Path, spot: tuple[Any, ...], wanted: dict[str, Any]
 ) -> None:
-    teacher = Path(keys["teacher"])
-    jobs = [front.student_job(name, side, teacher, keys, tmp_path) for name in front.STUDENTS for side in (128, 224)]
-    assert len({job.name for job in jobs}) == 6
-    for job in jobs:
-        split_train_keys(job.arguments)  # refuses what train does not know
-        stock = job.name.startswith("yolo26n")
-        wanted = (keys["weights"], "none", "none") if stock else (job.name.rsplit("-", 2)[0], str(teacher), None)
-        assert tuple(job.arguments.get(key) for key in ("model", "teacher", "method")) == wanted
+    files = {}
+    for side in (128, 224):
+        files[side, 3] = tmp_path / f"{side}.pt"
+        files[side, 3].write_bytes(b"a teacher")
+    job = front.student_job(front.Spot(*spot), 3, files, keys, tmp_path)
+    split_train_keys(job.arguments)  # refuses what train does not know
+    names = ("model", "pretrained", "teacher", "teacher_imgsz", "method")
+    found = {key: job.arguments[key] for key in names if key in job.arguments}
+    assert {key: Path(str(value)).name if key != "teacher_imgsz" else value for key, value in found.items()} == wanted
+    assert (job.arguments["imgsz"], job.arguments["seed"]) == (spot[1], 3)
+    assert job.name.startswith("-".join([*map(str, spot[:2]), *(f"under-{side}" for side in spot[2:])]))
 
 
 def test_draw__one_line_a_model(front: ModuleType, tmp_path: Path) -> None:
-    points: Sequence[dict[str, Any]] = [
-        {
-            "model": name,
-            "imgsz": side,
-            "latency_ms_p50": side / 40,
-            "total_ms_p50": side / 30,
-            "map50_95": 0.3 + side / 3e3,
-        }
-        | {"map50": 0.6}
-        for name in (*front.STUDENTS, "teacher")
-        for side in (128, 224)
-    ]
+    def point(name: str, side: int, taught_on: int | None = None) -> dict[str, Any]:
+        times = {"latency_ms_p50": side / 40, "total_ms_p50": side / 30}
+        accuracy = {"map50_95": [0.29 + side / 3e3, 0.31 + side / 3e3], "map50": [0.6]}
+        return {"model": name, "imgsz": side, "taught_on": taught_on, **times, **accuracy}
+
+    points = [point(name, side) for name in (*front.STUDENTS, "teacher") for side in (128, 224)]
+    points.append(point("lightnet-s", 128, 224))
     front.draw(points, tmp_path / "front.png", "a title")
     front.draw(points[:2], tmp_path / "one.png", "a title")
-    pictures = [cv2.imread(str(tmp_path / name)) for name in ("front.png", "one.png")]
-    orange = (14, 127, 255)  # the second line's colour, which nothing else has
-    found = [
-        any(tuple(pixel) == orange for pixel in picture.reshape(-1, 3).tolist())
-        for picture in pictures
-        if picture is not None
-    ]
+    orange = (14, 127, 255)  # LightNet-s
+    found = []
+    for name in ("front.png", "one.png"):
+        picture = cv2.imread(str(tmp_path / name))
+        assert picture is not None
+        found.append(any(tuple(pixel) == orange for pixel in picture.reshape(-1, 3).tolist()))
     assert found == [True, False]
     lines = front.table(points).splitlines()
     assert len(lines) == 2 + len(points)
-    assert lines[2].startswith("| stock yolo26n | 128 | 3.20 | 4.27 | 34.3 | 60.0 |")
+    assert lines[2].startswith("| stock yolo26n | 128 | 3.20 | 4.27 | 34.3 ± 1.4 | 60.0 |")
+    assert lines[-1].startswith("| LightNet-s, taught on 224 px | 128 |")
 
 
-def test_main__names_a_missing_file(front: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("sys.argv", ["canvas_front.py", f"weights={tmp_path / 'no.pt'}"])
-    with pytest.raises(front.KDYoloError, match=r"weights=.*no\.pt: no such file"):
-        front.main()
-    assert front.numbers("128, 160") == front.numbers([128, 160]) == [128, 160]
-    with pytest.raises(front.KDYoloError, match="canvases=abc: whole numbers are needed"):
-        front.numbers("abc")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weights": "no.pt"}, r"weights=no\.pt: no such file"),
+        ({"canvases": "abc"}, "canvases=abc: whole numbers are needed"),
+        ({"seeds": "0,x"}, "seeds=0,x: whole numbers are needed"),
+        ({"cross": "128"}, "cross=128: a canvas and a larger one are needed"),
+        ({"cross": "224:128"}, "cross=224:128: a canvas and a larger one are needed"),
+        ({"canvas": "128"}, "canvas"),
+        ({"pages": "docs/nowhere.md"}, "docs/nowhere.md: no such page"),
+    ],
+)
+def test_checked__names_what_is_wrong(
+    front: ModuleType,
+    keys: dict[str, Any],
+    given: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {name: keys[name] for name in ("weights", "teacher")}
+    with pytest.raises(front.KDYoloError, match=message):
+        front.checked({**files, **given})
+
+
+def test_checked__lists_are_lists(front: ModuleType, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "resolve_dataset", Path)
+    found = front.checked({"weights": keys["weights"], "teacher": keys["teacher"], "cross": "128:224", "seeds": 1})
+    assert (found["canvases"], found["cross"], found["seeds"]) == ([128, 160, 224, 320], [(128, 224)], [1])
