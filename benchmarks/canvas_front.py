@@ -3,8 +3,8 @@
     python benchmarks/canvas_front.py weights=yolo26n.pt teacher=yolo26n-neu.pt data=neu canvases=128,160,224,320
 
 ``weights`` is the pretrained file, ``teacher`` the detector of ``neu_table.py`` (trained at 128 px). For every canvas
-the teacher is trained on at that canvas for ``teacher_epochs`` with Ultralytics' recipe, and is shown itself; stock
-yolo26n (Ultralytics' recipe, from ``weights``), LightNet-n and LightNet-s (default recipe under that teacher, from that
+the teacher is trained on at that canvas for ``teacher_epochs`` in our recipe, and is shown itself; stock yolo26n
+(Ultralytics' recipe, from ``weights``), LightNet-n and LightNet-s (default recipe under that teacher, from that
 teacher) are trained for ``epochs``. ``cross=128:224`` adds both students on 128 px, started from that canvas' teacher
 but taught by the one on 224 px. All are merged, exported to ONNX with the parity check, judged on the test split at
 that canvas, and the first seed's files are timed in one interleaved benchmark a canvas. Runs are kept by content: the
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from kd_yolo.export import export
 from pages import check_block, write_block
-from single_runs import run_of, train
+from single_runs import run_of, teacher_keys, train
 
 from kd_yolo.bench import benchmark
 from kd_yolo.bench.accuracy import judge
@@ -125,8 +125,8 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def teacher_job(side: int, seed: int, keys: Mapping[str, Any], out: Path) -> Job:
     """Return the run that trains the teacher on at a canvas."""
-    plain = {"model": keys["teacher"], "teacher": "none", "method": "none", "epochs": keys["teacher_epochs"]}
-    return job_of(f"teacher-{side}", side, seed, plain, keys, out)
+    given = teacher_keys(keys["teacher"], keys["data"], int(keys["teacher_epochs"]))
+    return job_of(f"teacher-{side}", side, seed, given, keys, out)
 
 
 def student_job(

@@ -3,8 +3,8 @@
     python benchmarks/neu_table.py weights=yolo26n.pt weights11=yolo11n.pt data=neu
 
 ``teacher`` is a yolo26n fine-tuned on the training split at the same canvas; without ``teacher=FILE`` it is trained
-first, for ``teacher_epochs``, as Ultralytics does. All rows of a seed have the same student epochs, canvas, batch and
-data; stock rows have Ultralytics' own recipe, the others the default one. Starts:
+first, for ``teacher_epochs``, as ``kd-yolo train`` trains its teacher. All rows of a seed have the same student epochs,
+canvas, batch and data; stock rows have Ultralytics' own recipe, the others the default one. Starts:
 
 - ``COCO``: the pretrained file; ``teacher``: the teacher itself, which has seen the labels for its own epochs. So the
   rows that start there are compared with the teacher trained on for as many epochs, too, in both recipes.
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import check_block, write_block
-from single_runs import run_of, train
+from single_runs import run_of, teacher_keys, train
 
 from kd_yolo.bench.accuracy import judge
 from kd_yolo.checkpoints import load_model
@@ -40,7 +40,7 @@ from kd_yolo.data.datasets import resolve_dataset
 from kd_yolo.errors import ConfigError, KDYoloError
 from kd_yolo.files import write_json, write_text
 from kd_yolo.tables import markdown_table
-from kd_yolo.tasks.start import narrowed_defaults
+from kd_yolo.tasks.stock_defaults import narrowed_defaults
 
 HERE = Path(__file__).resolve().parent
 SETTING: dict[str, Any] = {
@@ -133,16 +133,9 @@ def measure(keys: dict[str, Any]) -> None:
 def teacher_of(weights: str, epochs: int, values: dict[str, Any], out: Path) -> Path:
     """Fine-tune the pretrained file on the data set, unless that is done, and return the checkpoint."""
     stock = {key: values[key] for key in ("imgsz", "batch", "device")}
-    given: dict[str, Any] = {
-        "model": str(Path(weights).absolute()),
-        "teacher": "none",
-        "method": "none",
-        "epochs": epochs,
-    }
     data = str(resolve_dataset(str(values["data"])))
-    job = run_of(
-        "teacher", {**stock, **given, "data": data, "close_mosaic": epochs // 4, "seed": 0}, out, int(values["threads"])
-    )
+    given = teacher_keys(str(Path(weights).absolute()), data, epochs)
+    job = run_of("teacher", {**stock, **given, "data": data, "seed": 0}, out, int(values["threads"]))
     train([job], 1)
     return job.checkpoint
 

@@ -16,8 +16,9 @@ from kd_yolo.compare.job import Job, JobResult
 from kd_yolo.compare.local import execute
 from kd_yolo.errors import KDYoloError
 from kd_yolo.files import sha256
+from kd_yolo.nn.student import student_spec
 from kd_yolo.resources import builtin_root, load_yaml
-from kd_yolo.tasks.start import narrowed_defaults
+from kd_yolo.tasks.stock_defaults import finetuned_defaults, narrowed_defaults
 
 METRIC = "metrics/mAP50-95(B)"
 # Of every run: nothing is drawn, exported or timed in between.
@@ -45,6 +46,14 @@ def run_of(name: str, arguments: Mapping[str, Any], out: Path, threads: int = 1)
     address = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     folder = f"{name}-{address[:10]}"
     return Job(folder, address, out / "runs" / folder, full, threads=threads)
+
+
+def teacher_keys(weights: str, data: str, epochs: int) -> dict[str, Any]:
+    """Return the keys that train a teacher from a pretrained file as ``teacher=self`` does, mosaics off at the end."""
+    recipe = finetuned_defaults(student_spec(weights), Path(data), is_teacher=True)
+    tail = epochs // 4 if recipe.get("mosaic", 1.0) else 0
+    plain = {"model": weights, "teacher": "none", "method": "none", "epochs": epochs}
+    return {**plain, **recipe, "close_mosaic": tail}
 
 
 def train(jobs: Sequence[Job], workers: int) -> list[JobResult]:

@@ -32,6 +32,7 @@ from kd_yolo.tasks.preflight import (
 )
 from kd_yolo.tasks.run_folder import RUN_FILE, find_run, new_run_dir, publish
 from kd_yolo.tasks.start import own_teacher, pretrained_peer, start_student
+from kd_yolo.tasks.stock_defaults import finetuned_defaults
 from kd_yolo.tasks.unlabeled import check_unlabeled
 
 
@@ -149,7 +150,9 @@ def _run_phases(run_dir: Path, plan: Mapping[str, Any]) -> list[PhaseResult]:
     results: list[PhaseResult] = []
     teachers: tuple[Path, ...] = ()
     if config.teacher == "self" and plan["method"]["name"] != "none":
-        spec = PhaseSpec("teacher", own_teacher(config, peer), config.teacher_epochs)
+        own = own_teacher(config, peer)
+        defaults = finetuned_defaults(own, Path(config.data), is_teacher=True)
+        spec = PhaseSpec("teacher", own, config.teacher_epochs, (), defaults)
         imgsz = config.teacher_imgsz or plan["stock"]["imgsz"]
         results.append(run_phase(run_dir, spec, {**plan, "stock": {**plan["stock"], "imgsz": imgsz}}))
         teachers = (run_dir / "teacher" / "weights" / "best.pt",)

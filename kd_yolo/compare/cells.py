@@ -19,7 +19,8 @@ from kd_yolo.config import TrainConfig, split_train_keys, stock_keys
 from kd_yolo.files import sha256
 from kd_yolo.nn.student import StudentSpec
 from kd_yolo.tasks.preflight import check_training_inputs, resolve_method, resolve_student
-from kd_yolo.tasks.start import narrowed_defaults, pretrained_peer, start_source
+from kd_yolo.tasks.start import pretrained_peer, start_source
+from kd_yolo.tasks.stock_defaults import finetuned_defaults, narrowed_defaults
 
 TEACHER = "self-teacher"
 NO_METHOD: dict[str, Any] = {"name": "none", "args": {}, "schedule": {}, "balance": None}
@@ -177,7 +178,8 @@ class CellBuilder:
             config = TrainConfig(data=str(self.parts[0].file), model=model, **given)
             spec = resolve_student(config)
             found = start_source(config, spec, self.files, pretrained_peer(config, spec, self.files))
-            self._starts[model] = {"pretrained": str(found[0]), **narrowed_defaults()} if found else given
+            defaults = narrowed_defaults() if found else finetuned_defaults(spec, self.parts[0].file)
+            self._starts[model] = ({"pretrained": str(found[0])} if found else given) | defaults
         return self._starts[model]
 
     def _checked(self, model: str) -> StudentSpec:

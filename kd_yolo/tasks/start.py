@@ -22,8 +22,9 @@ from kd_yolo.nn.merging import merge, rep_blocks
 from kd_yolo.nn.narrow import NarrowReport, narrow
 from kd_yolo.nn.student import StudentSpec, student_spec
 from kd_yolo.provenance import versions
-from kd_yolo.resources import builtin_root, load_yaml
+from kd_yolo.resources import load_yaml
 from kd_yolo.tasks.preflight import resolve_student
+from kd_yolo.tasks.stock_defaults import finetuned_defaults, narrowed_defaults
 
 INHERITS_KEY = "inherits"
 START_IMAGES = 96  # training images, without their labels, that the layers are fitted on
@@ -83,11 +84,6 @@ def own_teacher(config: TrainConfig, peer: Path | None) -> StudentSpec:
     return student_spec(str(peer), trust=config.trust)
 
 
-def narrowed_defaults() -> dict[str, Any]:
-    """Return the stock arguments that a narrowed student is trained with unless others are given."""
-    return dict(load_yaml(builtin_root() / "train" / "default.yaml")["narrowed"])
-
-
 def start_source(
     config: TrainConfig, student: StudentSpec, teachers: Sequence[Path], peer: Path | None
 ) -> tuple[Path, DetectionModel] | None:
@@ -128,10 +124,11 @@ def start_student(
     Returns:
         The student with its first weights, and the stock arguments that it is trained with unless others are given.
     """
-    found = start_source(TrainConfig.model_validate(plan["config"]), student, teachers, peer)
+    config = TrainConfig.model_validate(plan["config"])
+    found = start_source(config, student, teachers, peer)
     said = inherits(student.cfg)
     if found is None or said is None:
-        return student, {}
+        return student, finetuned_defaults(student, Path(config.data))
     path, source = found
     return replace(
         student, weights=_narrowed(run_dir / f"{name}.start.pt", student, source, path, said, plan)

@@ -21,7 +21,7 @@ from kd_yolo.data.signals import SignalsKeys
 from kd_yolo.errors import ConfigError
 from kd_yolo.measured import measured_methods
 from kd_yolo.resources import builtin_root, find
-from kd_yolo.tasks.start import narrowed_defaults
+from kd_yolo.tasks.stock_defaults import narrowed_defaults
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])

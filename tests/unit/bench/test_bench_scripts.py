@@ -10,10 +10,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from test_bench_report import report, row
+from ultralytics.nn.tasks import DetectionModel
 
 from kd_yolo.bench.writing import public
 from kd_yolo.compare.report import CompareReport, Row
+from kd_yolo.config import split_train_keys
 from kd_yolo.errors import ConfigError, KDYoloError
 
 FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"
@@ -195,3 +198,19 @@ def test_run_of__is_named_by_the_content_of_its_files(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys.modules["single_runs"], "narrowed_defaults", lambda: {"mosaic": 1.0})
     assert name() != before[0]  # another default recipe is another run ...
     assert name(method="none") == before[1]  # ... but not of plain training
+
+
+def test_teacher_keys__are_those_of_a_teacher_that_a_run_trains_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_data: Path
+) -> None:
+    single_runs = load("single_runs", monkeypatch)
+    model = DetectionModel("yolo26n.yaml", nc=80, verbose=False)
+    torch.save({"epoch": -1, "model": model.half(), "ema": None, "train_args": {}}, tmp_path / "yolo26n.pt")
+    given = single_runs.teacher_keys(str(tmp_path / "yolo26n.pt"), str(tiny_data), 40)
+    split_train_keys({"data": str(tiny_data), **given})  # refuses what train does not know
+    assert (given["teacher"], given["method"], given["epochs"]) == ("none", "none", 40)
+    assert (given["mosaic"], given["nbs"], given["close_mosaic"]) == (0.0, 32, 0)
+    monkeypatch.setattr(single_runs, "finetuned_defaults", lambda *_, **__: {"nbs": 32})
+    given = single_runs.teacher_keys(str(tmp_path / "yolo26n.pt"), str(tiny_data), 40)
+    assert given["close_mosaic"] == 10
+    assert "mosaic" not in given

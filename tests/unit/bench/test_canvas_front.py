@@ -19,10 +19,12 @@ def front(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def keys(front: ModuleType, tmp_path: Path) -> dict[str, Any]:
+def keys(front: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for name in ("weights", "teacher"):
         (tmp_path / f"{name}.pt").write_bytes(name.encode())
     files = {name: str(tmp_path / f"{name}.pt") for name in ("weights", "teacher")}
+    recipe = {"teacher": "none", "method": "none", "nbs": 32}
+    monkeypatch.setattr(front, "teacher_keys", lambda file, data, epochs: {"model": file, "epochs": epochs, **recipe})
     return {**front.KEYS, **files, "data": str(tmp_path / "neu" / "data.yaml")}
 
 
@@ -32,8 +34,8 @@ def test_teachers__are_trained_on_at_every_canvas(front: ModuleType, keys: dict[
     assert len({job.name for job in jobs}) == 3
     for job, (side, seed) in zip(jobs, places, strict=True):
         split_train_keys(job.arguments)  # refuses what train does not know
-        wanted = (side, seed, keys["teacher"], "none")
-        assert tuple(job.arguments[key] for key in ("imgsz", "seed", "model", "teacher")) == wanted
+        wanted = (side, seed, keys["teacher"], "none", 32)
+        assert tuple(job.arguments[key] for key in ("imgsz", "seed", "model", "teacher", "nbs")) == wanted
 
 
 @pytest.mark.parametrize(

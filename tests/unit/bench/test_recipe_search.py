@@ -20,7 +20,7 @@ from test_bench_scripts import FOLDER, load
 from kd_yolo.compare.job import Job, JobResult
 from kd_yolo.config import split_train_keys, stock_keys
 from kd_yolo.tasks.preflight import resolve_method
-from kd_yolo.tasks.start import narrowed_defaults
+from kd_yolo.tasks.stock_defaults import narrowed_defaults
 
 
 @pytest.fixture

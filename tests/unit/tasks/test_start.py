@@ -13,7 +13,7 @@ from ultralytics.utils import SETTINGS
 
 from kd_yolo.compare.plan import plan
 from kd_yolo.compare.settings import split_compare_keys
-from kd_yolo.config import TrainConfig, stock_keys
+from kd_yolo.config import TrainConfig
 from kd_yolo.data.datayaml import load_data_yaml
 from kd_yolo.errors import ConfigError, ModelError
 from kd_yolo.images import dataset_files
@@ -23,7 +23,6 @@ from kd_yolo.tasks.start import (
     fits,
     inherits,
     narrow_on_images,
-    narrowed_defaults,
     own_teacher,
     pretrained_peer,
     start_source,
@@ -145,11 +144,6 @@ def test_own_teacher__the_pretrained_detector_unless_another_is_named(save: Save
     assert own_teacher(config(), peer).weights == peer.resolve()
     assert own_teacher(config(), None).name == "lightnet-n"
     assert own_teacher(config(teacher_model="lightnet-s"), peer).name == "lightnet-s"
-
-
-def test_narrowed_defaults__are_stock_arguments() -> None:
-    assert set(narrowed_defaults()) <= set(stock_keys())
-    assert narrowed_defaults() == {"mosaic": 0.0, "warmup_epochs": 1.0, "nbs": 32}
 
 
 def test_narrow_on_images__canvas_is_bounded(tiny_data: Path, save: Save) -> None:
