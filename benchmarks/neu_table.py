@@ -7,7 +7,7 @@ first, for ``teacher_epochs``, as ``kd-yolo train`` trains its teacher. All rows
 canvas, batch and data; stock rows have Ultralytics' own recipe, the others the default one. Starts:
 
 - ``COCO``: the pretrained file; ``teacher``: the teacher itself, which has seen the labels for its own epochs. So the
-  rows that start there are compared with the teacher trained on for as many epochs, too, in both recipes.
+  rows that start there are compared with stock trained for as long as both together, and with the teacher trained on.
 
 Choices are made on validation; ``test=true`` judges every run on the test split, once, and writes the table. Runs are
 content-addressed: call again, with more seeds or on another day, and only the rest is done. Other keys: parts=, seeds=,
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +58,15 @@ THREE = "0,1,2"  # of the parts that say more about the way than about the resul
 PARTS: dict[str, dict[str, Any]] = {
     "stock": {"students": "weights", "methods": "none,score-l2"},
     "lightnet": {"students": "lightnet-n,lightnet-s", "methods": "none,kd-lightnet", "pretrained": "teacher"},
-    "more epochs": {"students": "teacher", "methods": "none", "seeds": THREE},
-    "more epochs ours": {"students": "teacher", "methods": "none", "seeds": THREE} | narrowed_defaults(),
+    "stock long": {"students": "weights", "methods": "none", "seeds": THREE},
+    "more epochs": {"students": "teacher", "methods": "none", "seeds": THREE} | narrowed_defaults(),
     "from COCO": {"students": "lightnet-n,lightnet-s", "methods": "none,kd-lightnet", "pretrained": "weights"}
     | {"seeds": THREE},
     "surgery": {"students": "weights", "methods": "none,kd-lightnet", "reparam": "qarep"}
     | {"seeds": THREE, **narrowed_defaults()},
     "yolo11n": {"students": "weights11", "methods": "none,score-l2", "seeds": THREE},
 }
-SHORT = ("stock", "lightnet", "more epochs ours")
+SHORT = ("stock", "stock long", "lightnet", "more epochs")
 FILES = ("weights", "weights11", "teacher")
 BASELINE = ("stock", "none")
 METRICS = ("mAP50-95", "mAP50")
@@ -115,8 +115,8 @@ def measure(keys: dict[str, Any]) -> None:
     files, out, split = own["files"], Path(str(own["out"])).resolve(), "test" if own["test"] else "val"
     if "teacher" not in files:
         files["teacher"] = str(teacher_of(files["weights"], int(own["teacher_epochs"]), keys, out))
-    reports = {part: run(part, files, keys, out, own) for part in own["parts"]}
     budget = (int(keys["epochs"]), int(load_model(files["teacher"])[1].get("train_args", {}).get("epochs", 0)))
+    reports = {part: run(part, files, with_length(part, keys, budget), out, own) for part in own["parts"]}
     parts = [markdown(reports, split, budget), caption(files["teacher"], keys, split), gains(reports, split)]
     text = "\n\n".join(parts)
     print(text)
@@ -158,6 +158,11 @@ def run(part: str, files: dict[str, str], values: dict[str, Any], out: Path, own
     return report
 
 
+def with_length(part: str, values: Mapping[str, Any], budget: tuple[int, int]) -> dict[str, Any]:
+    """Return a part's setting; ``stock long`` is trained for as long as student and teacher together."""
+    return {**values, "epochs": sum(budget), "close_mosaic": sum(budget) // 4} if part == "stock long" else {**values}
+
+
 def markdown(reports: dict[str, CompareReport], split: str, budget: tuple[int, int]) -> str:
     """Return the table: every row against stock, by seed.
 
@@ -178,6 +183,8 @@ def markdown(reports: dict[str, CompareReport], split: str, budget: tuple[int, i
 def epochs(part: str, row: Row, budget: tuple[int, int]) -> str:
     """Return for how many epochs a row's weights were trained on the labels, and its teacher's."""
     student, teacher = budget
+    if part == "stock long":
+        return str(student + teacher)
     if start_of(part) == "teacher":
         return f"{teacher} + {student}"
     return str(student) if row.method == "none" else f"{student}, teacher {teacher}"
@@ -198,7 +205,7 @@ def is_cpu_time(report: dict[str, Any]) -> bool:
 
 def start_of(part: str) -> str:
     """Return where a part's students start."""
-    return "teacher" if part == "lightnet" or part.startswith("more epochs") else "COCO"
+    return "teacher" if part in {"lightnet", "more epochs"} else "COCO"
 
 
 def caption(teacher: str, values: dict[str, Any], split: str) -> str:
@@ -228,8 +235,8 @@ def gains(reports: dict[str, CompareReport], split: str) -> str:
 
 def described(part: str, row: Row) -> list[str]:
     """Return what a row is, in words."""
-    named = {"stock": "yolo26n", "surgery": "yolo26n, qarep", "yolo11n": "yolo11n", "more epochs": "yolo26n"}
-    named["more epochs ours"] = "yolo26n, our recipe"
+    named = {"stock": "yolo26n", "surgery": "yolo26n, qarep", "yolo11n": "yolo11n", "stock long": "yolo26n"}
+    named["more epochs"] = "yolo26n, our recipe"
     return [named.get(part, row.student), start_of(part), row.method]
 
 

@@ -135,7 +135,11 @@ def test_neu_table__rows_against_stock_paired_by_seed(monkeypatch: pytest.Monkey
     gains = table.gains({"lightnet": CompareReport({}, [plain, better], [], [], [], [])}, "test")
     # -1, +1, +1: mean 1/3, sd 1.155, half width 2.87
     assert gains.splitlines()[2:] == ["| lightnet-s | teacher | kd-lightnet | +0.3 | -2.5 to +3.2 |"]
-    assert set(table.PARTS) >= {"stock", "lightnet", "more epochs"}
+    assert set(table.PARTS) >= {"stock", "stock long", "lightnet", "more epochs"} >= set(table.SHORT)
+    setting = {"epochs": 8, "close_mosaic": 2}
+    assert table.with_length("lightnet", setting, (8, 40)) == setting
+    assert table.with_length("stock long", setting, (8, 40)) == {"epochs": 48, "close_mosaic": 12}
+    assert table.epochs("stock long", stock, (8, 40)) == "48"
 
 
 @pytest.mark.parametrize(
