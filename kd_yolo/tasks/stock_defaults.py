@@ -39,7 +39,10 @@ def finetuned_defaults(student: StudentSpec, data: Path, is_teacher: bool = Fals
     share = filled_share(data)
     if share < recipes["filled_share"]:
         del values["mosaic"]
-    LOGGER.info(f"{student.name}: {share:.0%} of the training images hold an object; unless you say otherwise {values}")
+    said = " ".join(f"{key}={value}" for key, value in values.items())
+    LOGGER.info(
+        f"recipe of {Path(student.name).name}: {said}, unless given ({share:.0%} of training images hold an object)"
+    )
     return values
 
 
