@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd_yolo.export import export
-from pages import check_block, write_block
+from pages import pages_of, spread, write_block
 from single_runs import run_of, teacher_keys, train
 
 from kd_yolo.bench import benchmark
@@ -116,9 +116,7 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
     keys["cross"] = [tuple(numbers("cross", pair.replace(":", ","), "128:224")) for pair in pairs]
     if any(len(pair) != 2 or pair[0] >= pair[1] for pair in keys["cross"]):
         raise ConfigError(f"cross={given['cross']}: a canvas and a larger one are needed, for example cross=128:224")
-    keys["pages"] = [page for page in str(keys["pages"]).split(",") if page]
-    for page in keys["pages"]:
-        check_block(page, "canvas_front")
+    keys["pages"] = pages_of(keys["pages"], "canvas_front")
     keys["data"] = str(resolve_dataset(str(keys["data"])))
     return keys
 
@@ -189,8 +187,8 @@ def table(points: Sequence[Mapping[str, Any]]) -> str:
             str(point["imgsz"]),
             f"{point['latency_ms_p50']:.2f}",
             f"{point['total_ms_p50']:.2f}",
-            percent(point["map50_95"]),
-            percent(point["map50"]),
+            spread([100 * one for one in point["map50_95"]]),
+            spread([100 * one for one in point["map50"]]),
         ]
         for point in points
     ]
@@ -201,12 +199,6 @@ def label(point: Mapping[str, Any]) -> str:
     """Return how a point's line is called."""
     larger = point["taught_on"]
     return LABELS[point["model"]] + (f", taught on {larger} px" if larger else "")
-
-
-def percent(values: Sequence[float]) -> str:
-    """Return mean ± sd in percent; a single value alone."""
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
 
 
 def draw(points: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:

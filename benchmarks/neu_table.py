@@ -21,11 +21,11 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pages import check_block, write_block
+from pages import pages_of, spread, write_block
 from single_runs import run_of, teacher_keys, train
 
 from kd_yolo.bench.accuracy import judge
@@ -62,8 +62,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "more epochs": {"students": "teacher", "methods": "none", "seeds": THREE} | narrowed_defaults(),
     "from COCO": {"students": "lightnet-n,lightnet-s", "methods": "none,kd-lightnet", "pretrained": "weights"}
     | {"seeds": THREE},
-    "surgery": {"students": "weights", "methods": "none,kd-lightnet", "reparam": "qarep"}
-    | {"seeds": THREE, **narrowed_defaults()},
+    "surgery": {"students": "weights", "methods": "none,kd-lightnet", "reparam": "qarep", "seeds": THREE},
     "yolo11n": {"students": "weights11", "methods": "none,score-l2", "seeds": THREE},
 }
 SHORT = ("stock", "stock long", "lightnet", "more epochs")
@@ -100,11 +99,9 @@ def checked(given: dict[str, Any]) -> dict[str, Any]:
     for name in sorted(needed | set(keys["files"])):
         if not Path(keys["files"].get(name, "")).is_file():
             raise ConfigError(f"{name}={keys['files'].get(name, '')}: no such file; give a pretrained checkpoint")
-    keys["pages"] = [page for page in str(keys["pages"]).split(",") if page]
+    keys["pages"] = pages_of(keys["pages"], str(keys["name"]))
     if keys["pages"] and not keys["test"]:
         raise ConfigError("pages=: pages hold figures of the test split; add test=true")
-    for page in keys["pages"]:
-        check_block(page, str(keys["name"]))
     keys["seeds_given"] = "seeds" in given
     return keys
 
@@ -248,17 +245,6 @@ def results(row: Row, metric: str, split: str) -> list[float]:
 def figures(row: Row, split: str) -> list[str]:
     """Return the number of runs, and mean and deviation of each metric."""
     return [str(len(results(row, METRICS[0], split))), *(spread(results(row, metric, split)) for metric in METRICS)]
-
-
-def spread(points: Sequence[float]) -> str:
-    """Return mean ± sd (n - 1)."""
-    if not points:
-        return ""
-    mean = sum(points) / len(points)
-    if len(points) == 1:
-        return f"{mean:.1f}"
-    sd = (sum((x - mean) ** 2 for x in points) / (len(points) - 1)) ** 0.5
-    return f"{mean:.1f} ± {sd:.1f}"
 
 
 def against(row: Row, base: Row | None, split: str) -> list[str]:

@@ -24,14 +24,15 @@ def finetuned_defaults(student: StudentSpec, data: Path, is_teacher: bool = Fals
     """Return the stock arguments of a detector that goes on from its own checkpoint, for what the command leaves open.
 
     They are for the teacher that a run trains first, and for a detector that is given branches. One without branches is
-    trained as Ultralytics does, whatever the method, and so is what starts from random or mostly random weights.
+    trained as Ultralytics does, whatever the method, and so is what starts from random weights or from those of another
+    file (``pretrained=``), which may hold another network.
 
     Args:
         student: What will be trained; it was not narrowed.
         data: The data YAML. Mosaics stay where few training images hold an object: there they show four times as many.
         is_teacher: It is the run's own teacher.
     """
-    goes_on = student.weights is not None and (student.name.endswith(".pt") or is_teacher)
+    goes_on = student.weights is not None and student.weights == Path(student.name).expanduser().resolve()
     if not goes_on or not (is_teacher or reparam_plan(student.cfg) is not None):
         return {}
     recipes = _recipes()

@@ -47,6 +47,7 @@ def test_narrowed_defaults__are_stock_arguments() -> None:
         ({"model": "yolo26n.yaml", "reparam": "qarep"}, False),
         ({"model": "yolo26n.pt", "reparam": "qarep", "pretrained": False}, False),
         ({"model": "yolov8n.yaml", "reparam": "qarep", "pretrained": "yolo26n.pt"}, False),
+        ({"model": "./yolo26n.pt", "reparam": "qarep", "pretrained": "yolo26n.pt"}, True),
     ],
 )
 def test_finetuned_defaults__for_a_detector_that_goes_on_with_branches(
@@ -60,6 +61,10 @@ def test_finetuned_defaults__for_an_own_teacher_that_is_pretrained(weights: Path
     config = TrainConfig(data=str(tiny_data), model="lightnet-n")
     assert finetuned_defaults(own_teacher(config, weights), tiny_data, is_teacher=True) == FINETUNED
     assert finetuned_defaults(own_teacher(config, None), tiny_data, is_teacher=True) == {}
+    foreign = config.model_copy(update={"teacher_model": "yolov8n.yaml", "pretrained": str(weights)})
+    teacher = own_teacher(foreign, weights)
+    assert teacher.weights == weights.resolve()
+    assert finetuned_defaults(teacher, tiny_data, is_teacher=True) == {}  # most of its weights are random
 
 
 def test_finetuned_defaults__mosaics_stay_where_few_images_hold_an_object(weights: Path, tmp_path: Path) -> None:
