@@ -115,7 +115,7 @@ def measure(keys: dict[str, Any]) -> None:
     budget = (int(keys["epochs"]), int(load_model(files["teacher"])[1].get("train_args", {}).get("epochs", 0)))
     reports = {part: run(part, files, with_length(part, keys, budget), out, own) for part in own["parts"]}
     parts = [markdown(reports, split, budget), caption(files["teacher"], keys, split), gains(reports, split)]
-    text = "\n\n".join(parts)
+    text = "\n\n".join(part for part in parts if part)
     print(text)
     if own["test"]:
         content = {part: {k: v for k, v in report.to_dict().items() if k in KEPT} for part, report in reports.items()}
@@ -217,7 +217,7 @@ def caption(teacher: str, values: dict[str, Any], split: str) -> str:
 
 
 def gains(reports: dict[str, CompareReport], split: str) -> str:
-    """Return what distillation adds to plain training from the same weights, by seed."""
+    """Return what distillation adds to plain training from the same weights, by seed; nothing without such rows."""
     lines = []
     for part, report in reports.items():
         plain = {row.student: row for row in report.rows if row.method == "none"}
@@ -227,7 +227,7 @@ def gains(reports: dict[str, CompareReport], split: str) -> str:
             if row.method != "none" and row.student in plain
         ]
     header = ["student", "start", "method", "against none from the same start", "95 % interval"]
-    return markdown_table(header, lines)
+    return markdown_table(header, lines) if lines else ""
 
 
 def described(part: str, row: Row) -> list[str]:

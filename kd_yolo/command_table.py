@@ -84,6 +84,7 @@ TRAIN_KEYS = {
     "pseudo_weight": "weight of their loss against real labels [0.5]",
     "teacher_imgsz": "canvas of the teacher in pixels, larger than imgsz [imgsz]",
     "teacher_levels": "with teacher_imgsz: stride or position, which level teaches which [stride]",
+    "teacher_views": "average the teacher over mirror images: 2 left to right, 4 upside down too [1]",
     "cache_teacher": "disk or ram: keep the teacher's answers; for training with fixed views",
     "cache_gb": "size limit of that cache in GB [4]",
     "cache_dir": "folder of the disk cache [in the run folder]",

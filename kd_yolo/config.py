@@ -55,6 +55,9 @@ class TrainConfig(Strict):
     teacher_levels: Literal["position", "stride"] = Field(
         default="stride", description="with teacher_imgsz: a level learns from that of its stride, or of its grid"
     )
+    teacher_views: Literal[1, 2, 4] = Field(
+        default=1, description="average the teacher over mirror images: 2 left to right, 4 upside down too"
+    )
     cache_teacher: Literal["disk", "ram"] | None = Field(default=None, description="keep the teacher's answers")
     cache_gb: float = Field(default=4.0, gt=0, description="size limit of that cache, GB")
     cache_dir: str | None = Field(default=None, description="folder of the disk cache; default: in the run folder")
@@ -89,6 +92,7 @@ class Recipe(Strict):
     teacher_merge: Literal["mean", "per_class"] = "mean"
     teacher_imgsz: int | None = None
     teacher_levels: Literal["position", "stride"] = "stride"
+    teacher_views: Literal[1, 2, 4] = 1
     method: str
     args: dict[str, Any] = Field(default_factory=dict)
     schedule: dict[str, Any] = Field(default_factory=dict)

@@ -31,7 +31,7 @@ from kd_yolo.tasks.preflight import (
     teacher_files,
 )
 from kd_yolo.tasks.run_folder import RUN_FILE, find_run, new_run_dir, publish
-from kd_yolo.tasks.start import own_teacher, pretrained_peer, start_student
+from kd_yolo.tasks.start import own_teacher, pretrained_peer, say_own_teacher, start_student
 from kd_yolo.tasks.stock_defaults import finetuned_defaults
 from kd_yolo.tasks.unlabeled import check_unlabeled
 
@@ -151,6 +151,7 @@ def _run_phases(run_dir: Path, plan: Mapping[str, Any]) -> list[PhaseResult]:
     teachers: tuple[Path, ...] = ()
     if config.teacher == "self" and plan["method"]["name"] != "none":
         own = own_teacher(config, peer)
+        say_own_teacher(config, own, student, peer)
         defaults = finetuned_defaults(own, Path(config.data), is_teacher=True)
         spec = PhaseSpec("teacher", own, config.teacher_epochs, (), defaults)
         imgsz = config.teacher_imgsz or plan["stock"]["imgsz"]

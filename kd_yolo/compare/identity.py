@@ -29,6 +29,7 @@ OPTIONS = (
     "teacher_merge",
     "teacher_imgsz",
     "teacher_levels",
+    "teacher_views",
     "unlabeled_ratio",
     "pseudo",
     "pseudo_conf",

@@ -42,6 +42,7 @@ DETECT = CompareTask(
         "teacher_merge",
         "teacher_imgsz",
         "teacher_levels",
+        "teacher_views",
         "unlabeled",
         "unlabeled_ratio",
         "pseudo",

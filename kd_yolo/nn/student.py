@@ -35,6 +35,11 @@ class StudentSpec:
     weights: Path | None
     max_stride: int
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the weights are those of the named checkpoint itself, so that none of its layers is random."""
+        return self.weights is not None and self.weights == Path(self.name).expanduser().resolve()
+
     def build(self, nc: int) -> DetectionModel:
         """Return the structure with random weights."""
         return build_model(self.cfg, nc=nc)

@@ -8,6 +8,7 @@ from typing import Any
 from kd_yolo.config import TrainConfig
 from kd_yolo.distill.teachers.base import Teacher
 from kd_yolo.distill.teachers.build import TeacherFile
+from kd_yolo.distill.teachers.mirrored import MirroredTeacher
 from kd_yolo.distill.teachers.scaled import ScaledTeacher
 from kd_yolo.errors import ConfigError, TeacherError
 
@@ -33,12 +34,14 @@ def check_canvas(imgsz: Any, stride: int, key: str = "imgsz") -> None:
 
 
 def check_teacher_canvas(config: TrainConfig, stock: Mapping[str, Any], imgsz: int) -> None:
-    """Refuse a canvas of the teacher that would have no effect, or that another key does not go with.
+    """Refuse a canvas or views of the teacher that would have no effect, or that another key does not go with.
 
     Raises:
         ConfigError: As said.
     """
     wanted = config.teacher_imgsz
+    if config.teacher_views > 1 and (config.method == "none" or config.teacher == "none"):
+        raise ConfigError(f"teacher_views={config.teacher_views} has no effect without a teacher; drop it")
     if wanted is None:
         return
     if config.method == "none" or config.teacher == "none":
@@ -73,6 +76,8 @@ def on_canvas(config: TrainConfig, teacher: Teacher, imgsz: int) -> Teacher:
     Raises:
         ConfigError: The teacher's canvas is no multiple of its largest stride.
     """
+    if config.teacher_views > 1:
+        teacher = MirroredTeacher(teacher, config.teacher_views)
     canvas = config.teacher_imgsz
     if canvas is None or canvas == imgsz:
         return teacher

@@ -129,6 +129,7 @@ def _recipe(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) -> Recipe:
         teacher_merge=config.teacher_merge,
         teacher_imgsz=None if config.teacher_imgsz == plan["stock"]["imgsz"] else config.teacher_imgsz,
         teacher_levels=config.teacher_levels,
+        teacher_views=config.teacher_views,
         method=method["name"],
         args=method["args"],
         schedule=method["schedule"],

@@ -84,6 +84,19 @@ def own_teacher(config: TrainConfig, peer: Path | None) -> StudentSpec:
     return student_spec(str(peer), trust=config.trust)
 
 
+def say_own_teacher(config: TrainConfig, own: StudentSpec, student: StudentSpec, peer: Path | None) -> None:
+    """Log what ``teacher=self`` trains first and where the student starts, before the hours that it takes."""
+    what = f"{own.weights} is fine-tuned" if own.goes_on else f"a {own.name} is trained"
+    if own.weights and not own.goes_on:
+        what += f" from what {own.weights} has of it"
+    elif not own.weights:
+        what += " from random weights"
+    start = ""
+    if peer is not None and config.teacher_model is None:
+        start = f", with the weights of {peer if isinstance(config.pretrained, str) else 'that teacher'} to start from"
+    LOGGER.info(f"teacher=self: first {what} on this data, then {student.name} is trained under it{start}")
+
+
 def start_source(
     config: TrainConfig, student: StudentSpec, teachers: Sequence[Path], peer: Path | None
 ) -> tuple[Path, DetectionModel] | None:

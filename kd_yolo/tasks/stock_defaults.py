@@ -32,8 +32,7 @@ def finetuned_defaults(student: StudentSpec, data: Path, is_teacher: bool = Fals
         data: The data YAML. Mosaics stay where few training images hold an object: there they show four times as many.
         is_teacher: It is the run's own teacher.
     """
-    goes_on = student.weights is not None and student.weights == Path(student.name).expanduser().resolve()
-    if not goes_on or not (is_teacher or reparam_plan(student.cfg) is not None):
+    if not student.goes_on or not (is_teacher or reparam_plan(student.cfg) is not None):
         return {}
     recipes = _recipes()
     values = dict(recipes["finetuned"])

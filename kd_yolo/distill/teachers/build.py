@@ -22,6 +22,7 @@ from kd_yolo.distill.teachers.cache import cached
 from kd_yolo.distill.teachers.choice import best_teachers
 from kd_yolo.distill.teachers.dense import known_classes
 from kd_yolo.distill.teachers.detect import DetectTeacher
+from kd_yolo.distill.teachers.mirrored import MirroredTeacher
 from kd_yolo.distill.teachers.onnx_file import OnnxTeacher, check_dense
 from kd_yolo.distill.teachers.rtdetr import RTDETRTeacher
 from kd_yolo.distill.teachers.several import SeveralTeachers
@@ -80,7 +81,7 @@ def open_teacher(path: Path, trust: bool = False) -> TeacherFile:
 
 
 def build_teacher(recipe: Recipe, names: Mapping[int, str], student: DetectionModel) -> Teacher:
-    """Return the teacher that a recipe describes: one or several files, merged, with a cache before them.
+    """Return the teacher that a recipe describes: one or several files, merged, mirrored, with a cache before them.
 
     Args:
         recipe: What to distil from.
@@ -94,6 +95,8 @@ def build_teacher(recipe: Recipe, names: Mapping[int, str], student: DetectionMo
     """
     members = _members(recipe, names)
     teacher = members[0] if len(members) == 1 else _merged(members, recipe, names, student)
+    if recipe.teacher_views > 1:
+        teacher = MirroredTeacher(teacher, recipe.teacher_views)
     return cached(teacher, recipe, names) if recipe.cache_teacher else teacher
 
 

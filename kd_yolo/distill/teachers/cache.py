@@ -116,6 +116,8 @@ def cached(teacher: Teacher, recipe: Recipe, names: Mapping[int, str]) -> Cached
         "merge": recipe.teacher_merge if len(recipe.teachers) > 1 else None,
         "classes": [str(names[key]) for key in sorted(names)],
     }
+    if recipe.teacher_views > 1:
+        identity["views"] = recipe.teacher_views
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if recipe.cache_teacher == "ram":
         return CachedTeacher(teacher, RamStore(recipe.cache_gb / processes), identity)

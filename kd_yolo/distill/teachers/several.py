@@ -103,8 +103,12 @@ def mean_boxes(sides: Tensor, strength: Tensor) -> Tensor:
         sides: Distances in units of the stride, (T, B, 4, A).
         strength: Highest logit of a class that the teacher knows, (T, B, A).
     """
-    weight = F.logsigmoid(strength).softmax(0)  # p_t / sum p_t, also where all are close to 0
-    return (weight.unsqueeze(2) * sides).sum(0)
+    return (box_weights(strength).unsqueeze(2) * sides).sum(0)
+
+
+def box_weights(strength: Tensor) -> Tensor:
+    """Return each answer's share in a mean box, (T, B, A): p_t / sum p_t, also where all are close to 0."""
+    return F.logsigmoid(strength).softmax(0)
 
 
 def pick_logits(scores: Tensor, choice: Tensor) -> Tensor:

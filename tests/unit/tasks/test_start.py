@@ -25,6 +25,7 @@ from kd_yolo.tasks.start import (
     narrow_on_images,
     own_teacher,
     pretrained_peer,
+    say_own_teacher,
     start_source,
 )
 
@@ -176,3 +177,23 @@ def test_compare__all_runs_of_a_student_have_one_start(tiny_data: Path, save: Sa
     given = plan(*split_compare_keys({**keys, "mosaic": 1.0}))
     assert {cell.job.arguments["mosaic"] for cell in given.cells} == {1.0}
     assert not {cell.job.address for cell in given.cells if cell.student == "lightnet-n"} & {j.address for j in light}
+
+
+def test_say_own_teacher__which_file_and_where_the_student_starts(save: Save, heard: Any) -> None:
+    peer, foreign = save("yolo26n.pt", nc=80), save("yolo11n.pt", "yolo11n.yaml", nc=80)
+
+    def said(given: TrainConfig, at_hand: Path | None) -> str:
+        before = len(heard.text)
+        student = student_spec(given.model, weights=foreign if given.pretrained == str(foreign) else None)
+        say_own_teacher(given, own_teacher(given, at_hand), student, at_hand)
+        return str(heard.text[before:])
+
+    line = said(config(), peer)
+    assert f"first {peer} is fine-tuned on this data" in line
+    assert "lightnet-n is trained under it, with the weights of that teacher to start from" in line
+    line = said(config(), None)
+    assert "first a lightnet-n is trained from random weights" in line
+    assert "to start from" not in line
+    line = said(config(pretrained=str(foreign)), None)
+    assert f"first a lightnet-n is trained from what {foreign} has of it" in line
+    assert f"with the weights of {peer} to start from" in said(config(pretrained=str(peer)), peer)
