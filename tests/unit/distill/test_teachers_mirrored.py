@@ -70,7 +70,11 @@ def mirror_of(predicted: Tensor, axes: Sequence[int]) -> Tensor:
     sizes = [(SIZE[0] // s, SIZE[1] // s) for s in STRIDES]
     levels = torch.split(predicted, [h * w for h, w in sizes], -1)
     return torch.cat(
-        [x.reshape(*x.shape[:2], *size).flip(axes).flatten(2) for x, size in zip(levels, sizes, strict=True)], -1
+        [
+            torch.flip(x.reshape(*x.shape[:2], *size), tuple(axes)).flatten(2)
+            for x, size in zip(levels, sizes, strict=True)
+        ],
+        -1,
     )
 
 
