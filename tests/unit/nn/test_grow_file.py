@@ -58,7 +58,8 @@ def test_grow_file__result_predicts_and_trains_as_any_other(mini_file: Path, tmp
     for first, second in zip(*found, strict=True):
         assert first.names == second.names
         assert len(first.boxes) == len(second.boxes) > 0
-        assert torch.allclose(first.boxes.data, second.boxes.data, atol=1e-2)
+        apart = (first.boxes.data[:, None] - second.boxes.data).abs().amax(2)  # near ties come in any order
+        assert max(apart.amin(0).max(), apart.amin(1).max()) < 1e-2
     spec = student_spec(str(out))
     assert spec.weights == out.resolve()
     student = spec.build(6)
