@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kd_yolo.command_help import BENCHMARK_KEYS, COMPARE_KEYS, EXPORT_KEYS, MODEL_KEY, TRAIN_KEYS, TRUST
+
 
 @dataclass(frozen=True)
 class Command:
@@ -56,73 +58,6 @@ TASK_CONFIGS = {
         "kd-yolo train task=classify data=knock-synth model=lightnet-n-cls imgsz=128 epochs=20",
     ),
 }
-
-TRAIN_KEYS = {
-    "task": "detect, anomaly or classify; train task=anomaly --help lists its keys [detect]",
-    "data": "data set: YAML file or built-in name (neu, magnetic-tile, pku-pcb, deeppcb, steel-synth); needed",
-    "model": "student: lightnet-n|s|m, a stock YAML or a .pt file [lightnet-s]",
-    "teacher": "self (train one first), none, or a file: .pt or .onnx; several with commas [self]",
-    "teacher_merge": "several teachers: mean, or per_class (the best one of each class) [mean]",
-    "chain": "models with commas, each distilled into the next, as yolo26s.yaml,lightnet-m,lightnet-s",
-    "method": "distillation method, combination (cwd+bckd), YAML file, or none [kd-lightnet]; see kd-yolo methods",
-    "kd.NAME": "argument of the method, for example kd.tau=2 kd.weight=1.5",
-    "schedule.NAME": "warmup, decay, final, off_last of the distillation weight",
-    "balance": "set the method's weights once so that its gradient is this ratio of the task's, for example 0.3",
-    "reparam": "branches: qarep|repvgg|multi|none [LightNet: qarep, stock models: none]",
-    "pretrained": "warm start: a .pt file, or false",
-    "teacher_model": "structure of the self teacher [the student's], for example lightnet-m",
-    "teacher_epochs": "epochs of the self teacher [epochs]",
-    "generations": "rounds of self-distillation, kept while validation improves [1]",
-    "allow_weak_teacher": "accept a teacher below 0.05 mAP50 [false]",
-    "allow_other_canvas": "accept a teacher trained at another imgsz [false]",
-    "export": "onnx or none, after training [onnx]",
-    "benchmark": "time the deployed student after training [true]",
-    "unlabeled": "folder of images without labels; they give distillation terms only",
-    "unlabeled_ratio": "unlabeled images per labelled image in a batch [0.5]",
-    "pseudo": "take confident teacher boxes as their labels [false]",
-    "pseudo_conf": "lowest confidence of such a box [0.5]",
-    "pseudo_weight": "weight of their loss against real labels [0.5]",
-    "teacher_imgsz": "canvas of the teacher in pixels, larger than imgsz [imgsz]",
-    "teacher_levels": "with teacher_imgsz: stride or position, which level teaches which [stride]",
-    "teacher_views": "average it over mirror images: 2 left to right, 4 upside down too [1]",
-    "cache_teacher": "disk or ram: keep the teacher's answers; for training with fixed views",
-    "cache_gb": "size limit of that cache in GB [4]",
-    "cache_dir": "folder of the disk cache [in the run folder]",
-    "resume": "true: continue the latest unfinished run; or a run folder",
-    "trust": "load foreign pickled classes from the given checkpoints [false]",
-}
-
-COMPARE_KEYS = {
-    "task": "detect or classify [detect]",
-    "data": "data set: YAML file or built-in name; needed",
-    "students": "models, separated by commas; needed",
-    "methods": "methods, combinations or YAML files of methods [none,kd-lightnet; task=classify: none,hflkd]",
-    "teacher": "a file (several with commas), or self: one teacher a student and seed, shared by all methods [none]",
-    "seeds": "seeds; each is a pair of the comparison [0,1,2]",
-    "folds": "k: k-fold cross-validation over train and val together; test stays out",
-    "split": "val; the test split only through test=true [val]",
-    "baseline": "what all methods are compared with [none]",
-    "control": "equal_total gives the baseline the self teacher's epochs too [equal_student]",
-    "metric": "mAP50-95 or mAP50; task=classify: top1 or top5 [the first]",
-    "confidence": "of the intervals [0.95]",
-    "min_gain": "smallest gain that matters, in points [0.5]",
-    "test": "judge the finished runs of test_methods on the test split, once [false]",
-    "test_methods": "whose [the one with the largest gain]",
-    "engine": "local or ray [local]",
-    "address": "Ray cluster: auto, local or HOST:PORT [auto]",
-    "jobs": "runs at once [as many as fit]",
-    "threads": "CPU threads of a run",
-    "device": "cpu, or CUDA numbers such as 0,1: one run a GPU [all GPUs, else cpu]",
-    "retries": "how often a crashed run is taken up again [1]",
-    "pretrained": "warm start of every run: a .pt file, or false",
-    "project": "folder [runs]",
-    "name": "folder in it; the same name goes on where it was stopped [compare]",
-    "out": "folder of the report [project/name]",
-    "balance, unlabeled, cache_teacher, ...": "as for train, for every run that has a teacher",
-}
-
-MODEL_KEY = "checkpoint or exported file; needed"
-TRUST = "load foreign pickled classes from the checkpoint [false]"
 
 COMMANDS: dict[str, Command] = {
     "train": Command(
@@ -182,52 +117,14 @@ COMMANDS: dict[str, Command] = {
         "deploy, export and prove the file equal",
         "kd_yolo.commands:export",
         "model=best.pt [format=onnx|openvino|engine|...] [quantize=16|8] [data=neu.yaml]",
-        {
-            "model": "checkpoint; needed",
-            "format": "onnx, openvino, engine, torchscript, ncnn, bundle, or any of Ultralytics' [onnx]",
-            "quantize": "16: float16; 8: INT8, which needs data= [float32]",
-            "half": "older name of quantize=16 [false]",
-            "int8": "older name of quantize=8 [false]",
-            "target": "engine for this GPU, built without one: rtx3070ti, ...; see kd-yolo targets",
-            "imgsz": "canvas in pixels, or [height,width] [the checkpoint's]",
-            "batch": "images per call [1]",
-            "dynamic": "any batch and canvas [false]",
-            "nms": "NMS inside the file [false]",
-            "nms_free": "export the NMS-free head [false]",
-            "data": "data set: images of the parity check; calibration and judging of INT8",
-            "category": "anomaly models: category of data= that the parity check looks at",
-            "split": "split that judges INT8 [val]",
-            "max_drop": "points of mAP50-95 that INT8 may lose [0.5]",
-            "calibration_images": "training images that INT8 looks at",
-            "opset": "ONNX operator set",
-            "simplify": "simplify the graph [true]",
-            "out": "file or folder to write",
-            "trust": TRUST,
-        },
+        EXPORT_KEYS,
         example="kd-yolo export model=runs/detect/train/weights/best.pt format=onnx imgsz=160",
     ),
     "benchmark": Command(
         "time, size and accuracy of several files in one table",
         "kd_yolo.commands:benchmark",
         "model=A,B,... [imgsz=224] [batch=1] [data=neu.yaml]",
-        {
-            "model": "checkpoints and exported files, separated by commas; FILE@RUNTIME chooses how it runs; needed",
-            "imgsz": "canvas in pixels, or [height,width] [the files' own]",
-            "batch": "images per call [1]",
-            "data": "data set: real images and mAP in the same row",
-            "category": "anomaly models: category of data=",
-            "split": "split for mAP [val]",
-            "rounds": "interleaved rounds",
-            "iterations": "timed calls per round",
-            "stream": "images of the continuous stream that gives FPS [200]",
-            "threads": "CPU threads [physical cores]",
-            "affinity": "cores to bind to, as [0,1]; false for none [the idlest]",
-            "device": "cpu or a CUDA number [cpu]",
-            "targets": "processors to estimate a lower bound for, separated by commas; see kd-yolo targets",
-            "against": "benchmark.json of before: change of every row, with a noise band",
-            "out": "folder for JSON, CSV, Markdown and plot",
-            "trust": TRUST,
-        },
+        BENCHMARK_KEYS,
         example="kd-yolo benchmark model=best-deploy.pt,best.onnx imgsz=160",
     ),
     "compare": Command(
@@ -247,7 +144,8 @@ COMMANDS: dict[str, Command] = {
             "from": "pretrained detector; needed",
             "images": "folder of images without labels, or a data set, whose training images are taken; needed",
             "epochs": "passes over the images; 0: take over and fit only [10]",
-            "imgsz, batch, forced, lr0, lr_inherited, reparam, seed, device": "see docs/recipe.md",
+            "imgsz": "canvas in pixels [160]",
+            "batch, forced, lr0, lr_inherited, reparam, seed, device": "see docs/recipe.md",
             "out": "checkpoint to write [MODEL-from-PEER.pt]",
             "resume": "go on where an interrupted one with the same keys stopped [true]",
             "trust": TRUST,

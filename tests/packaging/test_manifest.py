@@ -44,7 +44,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"training"}),
     frozenset({"api", "doctor", "data_commands", "start_commands", "compare"}),
     frozenset({"inspection"}),  # judging and looking at images with anomaly models, beside detectors or alone
-    frozenset({"demo", "command_keys"}),
+    frozenset({"demo", "command_keys", "command_help"}),
     frozenset({"commands", "info_commands", "command_table"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),

@@ -16,11 +16,11 @@ from torch import Tensor
 from kd_yolo.distill.base import DetectorSpec, Taps
 from kd_yolo.distill.teachers.base import Teacher
 from kd_yolo.distill.teachers.dense import confidence, empty_maps
-from kd_yolo.distill.teachers.several import box_weights, mean_logits
+from kd_yolo.distill.teachers.several import box_weights, known_of, mean_logits
 from kd_yolo.errors import TeacherError
 
-# For each number of views the axes of (B, C, H, W) along which they are mirrored.
-VIEWS: dict[int, tuple[tuple[int, ...], ...]] = {1: ((),), 2: ((), (-1,)), 4: ((), (-1,), (-2,), (-2, -1))}
+# For each number of views the axes of (B, C, H, W) along which those beside the image itself are mirrored.
+MIRRORS: dict[int, tuple[tuple[int, ...], ...]] = {2: ((-1,),), 4: ((-1,), (-2,), (-2, -1))}
 # Where the distances left, top, right, bottom are found after a mirroring along an axis.
 SIDES = {-1: (2, 1, 0, 3), -2: (0, 3, 2, 1)}
 
@@ -58,12 +58,12 @@ class MirroredTeacher(Teacher):
         upright = self.inner.taps(images, reads | wanted, strides, hold)
         sizes = [tuple(x.shape[-2:]) for x in empty_maps(images, strides)]
         answers = [(upright.scores.float(), upright.boxes.float())]
-        for axes in VIEWS[self.views][1:]:
+        for axes in MIRRORS[self.views]:
             found = self.inner.taps(images.flip(axes), wanted, strides)
             answers.append((_mirrored(found.scores.float(), sizes, axes), _sides(found.boxes.float(), sizes, axes)))
         scores = torch.stack([answer[0] for answer in answers])
-        known = None if self.class_known is None else self.class_known.to(scores.device)
-        merged = mean_logits(scores, known.expand(len(scores), -1) if known is not None else _all(scores))
+        known = known_of(self, scores.shape[2]).to(scores.device)
+        merged = mean_logits(scores, known.expand(len(scores), -1))
         if "boxes" not in wanted:
             return replace(upright, scores=merged)
         weights = box_weights(torch.stack([confidence(one, known) for one in scores]))
@@ -93,10 +93,6 @@ class MirroredTeacher(Teacher):
     def title(self) -> str:
         """Return what this teacher is, for messages."""
         return f"{self.inner.title}, averaged over {self.views} views"
-
-
-def _all(scores: Tensor) -> Tensor:
-    return torch.ones(len(scores), scores.shape[2], dtype=torch.bool, device=scores.device)
 
 
 def _mirrored(values: Tensor, sizes: Sequence[tuple[int, ...]], axes: Sequence[int]) -> Tensor:

@@ -48,7 +48,7 @@ class SeveralTeachers(Teacher):
             listed = "; ".join(f"{member.title} {list(member.strides)}" for member in members)
             raise TeacherError(f"the teachers have no common feature level (strides: {listed}); leave one out")
         self.provides = frozenset.intersection(frozenset({"scores", "boxes"}), *(m.provides for m in members))
-        known = torch.stack([_known(member, num_classes) for member in members])
+        known = torch.stack([known_of(member, num_classes).cpu() for member in members])
         self.register_buffer("known", known, persistent=False)
         self.register_buffer("class_known", None if bool(known.any(0).all()) else known.any(0), persistent=False)
         self.register_buffer("choice", None if choice is None else torch.tensor(list(choice)), persistent=False)
@@ -128,8 +128,9 @@ def pick_boxes(sides: Tensor, merged: Tensor, choice: Tensor) -> Tensor:
     return sides.gather(0, winner[None, :, None, :].expand(1, -1, 4, -1))[0]
 
 
-def _known(member: Teacher, num_classes: int) -> Tensor:
-    return torch.ones(num_classes, dtype=torch.bool) if member.class_known is None else member.class_known.cpu()
+def known_of(teacher: Teacher, num_classes: int) -> Tensor:
+    """Return which classes a teacher knows, (K,) booleans; its ``class_known`` of None means all."""
+    return torch.ones(num_classes, dtype=torch.bool) if teacher.class_known is None else teacher.class_known
 
 
 def _distances(member: Teacher, answer: Taps, strides: Sequence[int]) -> Tensor:

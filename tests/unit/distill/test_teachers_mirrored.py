@@ -18,7 +18,7 @@ from kd_yolo.distill.teachers.base import Teacher
 from kd_yolo.distill.teachers.build import build_teacher
 from kd_yolo.distill.teachers.cache import CachedTeacher
 from kd_yolo.distill.teachers.dense import dense_taps
-from kd_yolo.distill.teachers.mirrored import VIEWS, MirroredTeacher
+from kd_yolo.distill.teachers.mirrored import MIRRORS, MirroredTeacher
 from kd_yolo.errors import TeacherError
 
 STRIDES = (8, 16, 32)
@@ -83,7 +83,7 @@ def mirror_of(predicted: Tensor, axes: Sequence[int]) -> Tensor:
 def test_predict__a_mirrored_image_gives_the_mirrored_answer(reg_max: int, views: int) -> None:
     plain, images = Uneven(reg_max), noise()
     teacher = MirroredTeacher(plain, views)
-    for axes in VIEWS[views][1:]:
+    for axes in MIRRORS[views]:
         found = teacher.predict(images.flip(axes))
         torch.testing.assert_close(found, mirror_of(teacher.predict(images), axes), rtol=1e-4, atol=1e-3)
         unaveraged = plain.predict(images.flip(axes)) - mirror_of(plain.predict(images), axes)
