@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from kd_yolo.errors import BackendMissingError, ConfigError, ModelError
 from kd_yolo.runtimes.base import Description, Session, check_signature, description_of
 from kd_yolo.runtimes.reading import check_file, folder_file, yaml_metadata
 from kd_yolo.runtimes.telemetry import no_telemetry
+
+X86 = frozenset({"x86_64", "amd64"})  # what platform.machine() says, in lower case
 
 
 class OpenVinoSession(Session):
@@ -116,12 +119,14 @@ def _properties(openvino: Any, core: Any, name: str, precision: str, threads: in
 
     Left alone, OpenVINO computes a float32 file in bfloat16 on a CPU that can, and in float16 on a GPU. A float16 file
     may be computed in float16 where the hardware has it, but never in bfloat16, whose mantissa is three bits shorter.
+    Not on x86: its float16 kernels are slower than float32 there (docs/quantization.md), and the file is as small.
     """
     properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if name == "CPU":
         properties["INFERENCE_NUM_THREADS"] = threads or torch.get_num_threads()
     if name != "NPU":  # which has no float32
         half = precision == "fp16" and "FP16" in core.get_property(name, "OPTIMIZATION_CAPABILITIES")
+        half = half and not (name == "CPU" and platform.machine().lower() in X86)
         properties["INFERENCE_PRECISION_HINT"] = openvino.Type.f16 if half else openvino.Type.f32
     return properties
 
