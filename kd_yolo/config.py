@@ -26,6 +26,7 @@ REPLACED_KEYS = {
     "task": "it belongs to train, as in train task=anomaly",
     "mode": "the command is the mode",
     "save_dir": "use project= and name=",
+    "cfg": "give its keys on the command line, as key=value",
 }
 REPARAM_FORMS = ("qarep", "repvgg", "multi", "none")
 

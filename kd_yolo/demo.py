@@ -27,7 +27,7 @@ def run_demo(project: str = "runs/demo", **given: Any) -> tuple[str, dict[str, A
     """
     from kd_yolo.api import KDYOLO
     from kd_yolo.nn.student import student_spec
-    from kd_yolo.tasks.start import inherits
+    from kd_yolo.tasks.peer import inherits
     from kd_yolo.training import train
 
     started = time.time()

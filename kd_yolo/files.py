@@ -81,6 +81,12 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def absolute(word: str | bool) -> str:
+    """Return an existing file's absolute path, for runs in other folders; a name stays a name."""
+    path = Path(str(word)).expanduser()
+    return str(path.absolute()) if path.is_file() else str(word)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with written_aside(path) as aside:

@@ -18,10 +18,12 @@ from ultralytics.utils import LOGGER
 from kd_yolo.config import TrainConfig, validate
 from kd_yolo.data.datasets import resolve_dataset
 from kd_yolo.errors import ConfigError, KDYoloError
-from kd_yolo.files import write_json, write_text
+from kd_yolo.files import absolute, write_json, write_text
+from kd_yolo.nn.student import StudentSpec
 from kd_yolo.resources import load_yaml
-from kd_yolo.tasks.chain import chain_of, check_chain, resolve_stage, run_chain
-from kd_yolo.tasks.phases import PhaseResult, PhaseSpec, run_phase
+from kd_yolo.tasks.chain import chain_of, chain_peers, check_chain, resolve_stage, run_chain
+from kd_yolo.tasks.peer import pretrained_peer
+from kd_yolo.tasks.phases import PhaseResult, PhaseSpec, finished_phase, run_phase
 from kd_yolo.tasks.preflight import (
     check_own_teacher,
     check_teacher,
@@ -31,9 +33,11 @@ from kd_yolo.tasks.preflight import (
     teacher_files,
 )
 from kd_yolo.tasks.run_folder import RUN_FILE, find_run, new_run_dir, publish
-from kd_yolo.tasks.start import own_teacher, pretrained_peer, say_own_teacher, start_student
+from kd_yolo.tasks.start import check_start, own_teacher, say_own_teacher, start_student
 from kd_yolo.tasks.stock_defaults import finetuned_defaults
 from kd_yolo.tasks.unlabeled import check_unlabeled
+
+FILES = ("model", "pretrained", "teacher_model")  # keys that may name a file
 
 
 @dataclass(frozen=True)
@@ -95,15 +99,18 @@ def _started(
     data = resolve_dataset(config.data)
     stages = chain_of(config)
     student = resolve_stage(config, stages[-1]) if stages else resolve_student(config)
-    peer = None if stages else pretrained_peer(config, student, teacher_files(config))
     checked = check_training_inputs(config, stock, data, student)
     unlabeled = check_unlabeled(config, dict(stock))
+    peer = None if stages else pretrained_peer(config, student, teacher_files(config))
     if stages:
         check_chain(config, stages, data, checked["imgsz"], method)
     elif config.teacher == "self" and method["name"] != "none":
         check_own_teacher(method, student, own_teacher(config, peer), data, config, checked["imgsz"])
     elif config.teacher not in {"self", "none"}:
         check_teacher(config, data, checked["imgsz"], student, method=method)
+    peers = chain_peers(config, stages, data)
+    if not stages:
+        check_start(config, student, teacher_files(config), peer, data)
     run_dir = new_run_dir(stock)
     stock_arguments = {k: v for k, v in stock.items() if k not in {"project", "name", "exist_ok"}}
     plan = {
@@ -113,12 +120,16 @@ def _started(
             **config.model_dump(),
             "data": str(data),
             "teacher": ",".join(map(str, teacher_files(config))) or config.teacher,
+            **{key: absolute(value) for key in FILES if isinstance(value := getattr(config, key), str)},
+            "chain": ",".join(map(absolute, stages)) or None,
+            "cache_dir": str(Path(config.cache_dir).expanduser().resolve()) if config.cache_dir else None,
             "unlabeled": str(unlabeled) if unlabeled else None,
             "resume": False,
         },
         "stock": {**stock_arguments, "imgsz": checked["imgsz"]},
         "method": method,
         "peer": str(peer) if peer else None,
+        "peers": {absolute(name): file for name, file in peers.items()},
     }
     write_text(run_dir / RUN_FILE, yaml.safe_dump(plan, sort_keys=False))
     return run_dir, plan
@@ -150,12 +161,7 @@ def _run_phases(run_dir: Path, plan: Mapping[str, Any]) -> list[PhaseResult]:
     results: list[PhaseResult] = []
     teachers: tuple[Path, ...] = ()
     if config.teacher == "self" and plan["method"]["name"] != "none":
-        own = own_teacher(config, peer)
-        say_own_teacher(config, own, student, peer)
-        defaults = finetuned_defaults(own, Path(config.data), is_teacher=True)
-        spec = PhaseSpec("teacher", own, config.teacher_epochs, (), defaults)
-        imgsz = config.teacher_imgsz or plan["stock"]["imgsz"]
-        results.append(run_phase(run_dir, spec, {**plan, "stock": {**plan["stock"], "imgsz": imgsz}}))
+        results.append(_own_teacher_phase(run_dir, plan, config, student, peer))
         teachers = (run_dir / "teacher" / "weights" / "best.pt",)
         check_teacher(config, Path(config.data), plan["stock"]["imgsz"], student, teachers[0], results[-1].metrics)
     elif config.teacher not in {"self", "none"}:
@@ -176,6 +182,20 @@ def _run_phases(run_dir: Path, plan: Mapping[str, Any]) -> list[PhaseResult]:
     if results[-1] is not best:
         results.append(results.pop(results.index(best)))  # the last one is the one that is kept
     return results
+
+
+def _own_teacher_phase(
+    run_dir: Path, plan: Mapping[str, Any], config: TrainConfig, student: StudentSpec, peer: Path | None
+) -> PhaseResult:
+    """Train ``teacher=self``, or return what is recorded of it: then what it was made from may be gone."""
+    if recorded := finished_phase(run_dir, "teacher"):
+        return recorded
+    own = own_teacher(config, peer)
+    say_own_teacher(config, own, student, peer)
+    defaults = finetuned_defaults(own, Path(config.data), is_teacher=True, classes=plan["stock"].get("classes"))
+    spec = PhaseSpec("teacher", own, config.teacher_epochs, (), defaults)
+    imgsz = config.teacher_imgsz or plan["stock"]["imgsz"]
+    return run_phase(run_dir, spec, {**plan, "stock": {**plan["stock"], "imgsz": imgsz}})
 
 
 def _finish(report: TrainReport, plan: Mapping[str, Any]) -> TrainReport:

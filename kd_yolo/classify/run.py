@@ -26,7 +26,7 @@ from kd_yolo.classify.student import resolve_classifier
 from kd_yolo.config import validate
 from kd_yolo.data.signals import train_defaults
 from kd_yolo.errors import ConfigError
-from kd_yolo.files import write_json, write_text
+from kd_yolo.files import absolute, write_json, write_text
 from kd_yolo.resources import load_yaml
 from kd_yolo.tasks.run_folder import RUN_FILE, find_run, new_run_dir, publish
 
@@ -131,19 +131,14 @@ def _started(
 def _absolute(config: ClassifyConfig) -> dict[str, Any]:
     """Return the keys with the paths of models and warm start absolute."""
     values = config.model_dump()
-    values["model"] = _absolute_word(config.model)
+    values["model"] = absolute(config.model)
     if isinstance(config.pretrained, str):
-        values["pretrained"] = _absolute_word(config.pretrained)
+        values["pretrained"] = absolute(config.pretrained)
     if config.chain is not None:
-        values["chain"] = [_absolute_word(name) for name in chain_of(config)]
+        values["chain"] = [absolute(name) for name in chain_of(config)]
     if values["method"] is not None:
-        values["method"] = _absolute_word(values["method"])
+        values["method"] = absolute(values["method"])
     return values
-
-
-def _absolute_word(word: str) -> str:
-    path = Path(word).expanduser()
-    return str(path.absolute()) if path.is_file() else word
 
 
 def _resumed(

@@ -16,10 +16,11 @@ from kd_yolo.compare.identity import SHOWN, address_of, device_kind
 from kd_yolo.compare.job import Job
 from kd_yolo.compare.settings import STUDENT_OPTIONS, TEACHER_OPTIONS, CompareKeys
 from kd_yolo.config import TrainConfig, split_train_keys, stock_keys
-from kd_yolo.files import sha256
+from kd_yolo.files import absolute, sha256
 from kd_yolo.nn.student import StudentSpec
+from kd_yolo.tasks.peer import pretrained_peer
 from kd_yolo.tasks.preflight import check_training_inputs, resolve_method, resolve_student
-from kd_yolo.tasks.start import pretrained_peer, start_source
+from kd_yolo.tasks.start import check_start, start_source
 from kd_yolo.tasks.stock_defaults import finetuned_defaults, narrowed_defaults
 
 TEACHER = "self-teacher"
@@ -174,10 +175,12 @@ class CellBuilder:
         if model not in self._starts:
             given: dict[str, Any] = {}
             if self.keys.pretrained is not True:
-                given["pretrained"] = absolute_word(self.keys.pretrained) if self.keys.pretrained else False
+                given["pretrained"] = absolute(self.keys.pretrained) if self.keys.pretrained else False
             config = TrainConfig(data=str(self.parts[0].file), model=model, **given)
             spec = resolve_student(config)
-            found = start_source(config, spec, self.files, pretrained_peer(config, spec, self.files))
+            peer = pretrained_peer(config, spec, self.files)
+            check_start(config, spec, self.files, peer, self.parts[0].file)
+            found = start_source(config, spec, self.files, peer)
             defaults = narrowed_defaults() if found else finetuned_defaults(spec, self.parts[0].file)
             self._starts[model] = ({"pretrained": str(found[0])} if found else given) | defaults
         return self._starts[model]
@@ -196,12 +199,6 @@ class CellBuilder:
         given = self._arguments(model, method, "none" if method == "none" else teacher, 0, self.parts[0])
         config, stock, groups = split_train_keys(given)
         return config, resolve_method(config, groups, stock)
-
-
-def absolute_word(word: str | bool) -> str:
-    """Return an existing file's absolute path, for runs in other folders; a name stays a name."""
-    path = Path(str(word)).expanduser()
-    return str(path.absolute()) if path.is_file() else str(word)
 
 
 def _slug(text: str) -> str:

@@ -16,12 +16,13 @@ from kd_yolo.classify.phases import validate_classifier
 from kd_yolo.classify.preflight import CANVAS, check_stock, check_teacher
 from kd_yolo.classify.settings import ClassifyConfig, resolve_method, split_classify_keys
 from kd_yolo.classify.student import ClassifierSpec, resolve_classifier
-from kd_yolo.compare.cells import CellBuilder, Part, absolute_word
+from kd_yolo.compare.cells import CellBuilder, Part
 from kd_yolo.compare.outcome import finished
 from kd_yolo.compare.plan import Plan, common_arguments, file_label, labels, method_word, teacher_files, teacher_text
 from kd_yolo.compare.settings import CompareKeys
 from kd_yolo.compare.task import CLASSIFY
 from kd_yolo.errors import ConfigError, DataError
+from kd_yolo.files import absolute
 
 
 class ClassifyCellBuilder(CellBuilder):
@@ -34,7 +35,7 @@ class ClassifyCellBuilder(CellBuilder):
             "task": "classify", "data": str(part.file), "model": model, "teacher": teacher, "method": method
         }  # fmt: skip
         if self.keys.pretrained is not True:
-            given["pretrained"] = absolute_word(self.keys.pretrained) if self.keys.pretrained else False
+            given["pretrained"] = absolute(self.keys.pretrained) if self.keys.pretrained else False
         return {**given, **options, **self.common, "seed": seed}
 
     def _checked(self, model: str) -> ClassifierSpec:  # type: ignore[override]  # what is asked of it is the same
@@ -67,7 +68,7 @@ def plan_classify(keys: CompareKeys, stock: Mapping[str, Any]) -> Plan:
     if keys.test and "test" not in folder.images:
         raise DataError(f"{data}: has no 'test' split; drop test=true, or add one")
     common = common_arguments(keys, stock, CANVAS)
-    students = labels([absolute_word(word) for word in keys.student_words], "students")
+    students = labels([absolute(word) for word in keys.student_words], "students")
     methods = labels([method_word(word) for word in keys.method_words], "methods")
     files = teacher_files(keys)
     fingerprint = class_fingerprint(folder)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kd_yolo.compare.cells import Cell, CellBuilder, Pair, Part, absolute_word
+from kd_yolo.compare.cells import Cell, CellBuilder, Pair, Part
 from kd_yolo.compare.folds import make_folds
 from kd_yolo.compare.identity import SHOWN, data_fingerprint
 from kd_yolo.compare.job import Job
@@ -23,6 +23,7 @@ from kd_yolo.config import stock_keys
 from kd_yolo.data.datasets import resolve_dataset
 from kd_yolo.data.datayaml import load_data_yaml
 from kd_yolo.errors import ConfigError, DataError, TeacherError
+from kd_yolo.files import absolute
 from kd_yolo.resources import load_yaml
 
 
@@ -83,7 +84,7 @@ def plan(keys: CompareKeys, stock: Mapping[str, Any]) -> Plan:
     if keys.test and "test" not in load_data_yaml(data).splits:
         raise DataError(f"{data}: has no 'test' split; drop test=true, or add one")
     common = common_arguments(keys, stock, load_yaml(data).get("imgsz", 640))
-    students = labels([absolute_word(word) for word in keys.student_words], "students")
+    students = labels([absolute(word) for word in keys.student_words], "students")
     methods = labels([method_word(word) for word in keys.method_words], "methods")
     files = teacher_files(keys)
     folds = _folds(keys, data)
@@ -205,4 +206,4 @@ def _label(file: Path) -> str:
 
 def method_word(word: str) -> str:
     """Return a method file's absolute path; a name stays a name."""
-    return absolute_word(word) if word.endswith((".yaml", ".yml")) else word
+    return absolute(word) if word.endswith((".yaml", ".yml")) else word

@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from kd_yolo.errors import ModelError
 from kd_yolo.nn.block_walk import BRANCHES
 from kd_yolo.nn.growing_channels import Channels, repeated
 from kd_yolo.nn.merging import merge, rep_blocks
+from kd_yolo.nn.narrow_report import NarrowReport
 from kd_yolo.nn.narrowing_blocks import Importance, Narrowing, tie
 from kd_yolo.nn.narrowing_sites import Samples, Site
 from kd_yolo.nn.refit import refit
@@ -27,51 +27,6 @@ HELD_OUT = 8  # one of so many images measures the result and is not fitted
 CHUNK = 16  # images that the source sees at a time
 MAX_PIXELS = 8_000_000  # of all fitted images with their mirror images; about 1 GB of feature maps
 IMPORTANT = 32  # images that the choice of channels looks at
-
-
-@dataclass(frozen=True)
-class NarrowReport:
-    """What a narrower network took over and how well it reproduces its source.
-
-    Attributes:
-        source_parameters: Parameters of the source.
-        parameters: Parameters of the target.
-        inherited: Parameters of the target that were sliced from the source, before the refit.
-        images: Images the refit read.
-        held_out: Further images, on which the errors are measured.
-        before: Squared error of each map that enters the head, over the variance of the source's at the same channels,
-            with slicing alone; by level, finest first. Each channel varies around its own mean, so that 1 is what a
-            constant map would get.
-        after: The same after the refit.
-        seconds: Time it took.
-    """
-
-    source_parameters: int
-    parameters: int
-    inherited: int
-    images: int
-    held_out: int
-    before: tuple[float, ...]
-    after: tuple[float, ...]
-    seconds: float
-
-    @property
-    def share(self) -> float:
-        """Inherited share of the target's parameters, 0 to 1."""
-        return self.inherited / self.parameters
-
-    def summary(self) -> str:
-        """Return one line."""
-        errors = [", ".join(f"{error:.3g}" for error in errors) for errors in (self.before, self.after)]
-        return (
-            f"narrowed from {self.source_parameters / 1e6:.3f} M to {self.parameters / 1e6:.3f} M parameters, "
-            f"{100 * self.share:.1f} % inherited; relative squared error of the head's inputs {errors[0]} sliced, "
-            f"{errors[1]} refitted on {self.images} images, in {self.seconds:.0f} s"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {**asdict(self), "share": self.share}
 
 
 @torch.no_grad()
@@ -125,6 +80,19 @@ def narrow(
     sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (source, target)]
     counts = (sizes[0], sizes[1], walk.inherited, len(fitted), len(measured))
     return NarrowReport(*counts, before, after, time.perf_counter() - started)
+
+
+@torch.no_grad()
+def check_rows(target: DetectionModel, source: DetectionModel, rows: Sequence[int]) -> None:
+    """Refuse what ``narrow`` would refuse of two networks, without their images; see there.
+
+    Raises:
+        ModelError: As there. The target is filled at random or partly filled: throw it away.
+    """
+    _check_networks(target, source, rows)
+    side = 2 * int(source.stride.max())
+    large, work = _prepared(target, source, torch.rand(2, int(source.yaml.get("channels", 3)), side, side))
+    _fill(target, large, rows, Narrowing(_importance(large, work)))
 
 
 def _prepared(target: DetectionModel, source: DetectionModel, images: Tensor) -> tuple[DetectionModel, Tensor]:

@@ -28,7 +28,8 @@ from kd_yolo.pretrain.stages import Adapters, Cut, find_cuts, settle_batchnorm, 
 from kd_yolo.pretrain.views import Views, find_images
 from kd_yolo.provenance import versions
 from kd_yolo.tasks.canvas import check_canvas
-from kd_yolo.tasks.start import fits, inherits, narrow_on_images
+from kd_yolo.tasks.peer import fits, inherits
+from kd_yolo.tasks.start import narrow_on_images
 
 WARM_UP_STEPS = 30
 FINAL_SHARE = 0.01  # of the learning rate
@@ -240,7 +241,10 @@ def _set_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, step: in
 def _held_batches(views: Views, config: PretrainConfig) -> list[Tensor]:
     """Return fixed views that no epoch uses."""
     numbers = list(range(0, len(views.files), max(len(views.files) // CHECKED_IMAGES, 1)))[:CHECKED_IMAGES]
-    return [views.batch(numbers[i : i + config.batch], CHECK_EPOCH) for i in range(0, len(numbers), config.batch)]
+    parts = [numbers[i : i + config.batch] for i in range(0, len(numbers), config.batch)]
+    if len(parts) > 1 and len(parts[-1]) == 1:  # BatchNorm cannot take statistics of one image's 1x1 maps
+        parts[-2] += parts.pop()
+    return [views.batch(part, CHECK_EPOCH) for part in parts]
 
 
 @torch.no_grad()

@@ -21,9 +21,10 @@ from kd_yolo.config import TrainConfig
 from kd_yolo.errors import ConfigError, TeacherError
 from kd_yolo.nn.student import StudentSpec
 from kd_yolo.resources import load_yaml
+from kd_yolo.tasks.peer import pretrained_peer
 from kd_yolo.tasks.phases import PhaseResult, PhaseSpec, run_phase
 from kd_yolo.tasks.preflight import check_own_teacher, check_teacher, resolve_student
-from kd_yolo.tasks.start import pretrained_peer, start_student
+from kd_yolo.tasks.start import check_start, start_student
 
 DIRECT = "direct"
 
@@ -81,6 +82,22 @@ def check_chain(config: TrainConfig, stages: list[str], data: Path, imgsz: int, 
         check_own_teacher(method, student, teacher, data)
     if is_ready_teacher(stages[0], data, config.trust):
         check_teacher(config, data, imgsz, students[1], Path(stages[0]).expanduser())
+
+
+def chain_peers(config: TrainConfig, stages: list[str], data: Path) -> dict[str, str]:
+    """Return for every model of a chain the pretrained detector that it takes over, of those that have one.
+
+    Raises:
+        KDYoloError: A file that lies there cannot be used, or a start from it could not be made.
+    """
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(stages):
+        student = resolve_stage(config, name)
+        peer = pretrained_peer(config, student)
+        check_start(config, student, (), peer, data)
+        if peer is not None:
+            found[name] = str(peer)
+    return found
 
 
 def is_ready_teacher(name: str, data: Path, trust: bool = False) -> bool:
@@ -171,5 +188,6 @@ def _spec(
 ) -> PhaseSpec:
     """Return a phase; its student starts from the pretrained detector, not from its teacher, as its control does."""
     student = resolve_stage(config, model)
-    started, defaults = start_student(run_dir, name, student, (), pretrained_peer(config, student), plan)
+    peer = plan.get("peers", {}).get(model)
+    started, defaults = start_student(run_dir, name, student, (), Path(peer) if peer else None, plan)
     return PhaseSpec(name, started, None, teachers, defaults)

@@ -86,9 +86,8 @@ def run_phase(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) -> PhaseR
         CheckpointError: It ended without a checkpoint.
     """
     folder = run_dir / spec.name
-    if recorded := read_done(folder):
-        LOGGER.info(f"{spec.name}: already done, {recorded['fitness']:.4f}")
-        return PhaseResult(**recorded)
+    if recorded := finished_phase(run_dir, spec.name):
+        return recorded
     started = time.time()
     arguments = _trainer_arguments(run_dir, spec, plan)
     metrics = train_phase(folder, arguments, DETECT, trust=bool(plan["config"]["trust"]))
@@ -96,6 +95,15 @@ def run_phase(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) -> PhaseR
     result = PhaseResult(spec.name, _fitness(metrics), metrics, digest, seconds)
     write_json(folder / DONE_FILE, asdict(result))
     return result
+
+
+def finished_phase(run_dir: Path, name: str) -> PhaseResult | None:
+    """Return the recorded result of a phase that is done, or None."""
+    recorded = read_done(run_dir / name)
+    if not recorded:
+        return None
+    LOGGER.info(f"{name}: already done, {recorded['fitness']:.4f}")
+    return PhaseResult(**recorded)
 
 
 def _trainer_arguments(run_dir: Path, spec: PhaseSpec, plan: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,11 @@ def resolve_method(
         useless = [f"kd.{k}" for k in groups["kd"]] + [f"schedule.{k}" for k in groups["schedule"]]
         if useless:
             raise ConfigError(f"{useless[0]} has no effect without a teacher; drop it or set teacher= and method=")
+        if files := teacher_files(config):
+            raise ConfigError(
+                f"teacher={config.teacher} has no effect with method=none; drop it, or say pretrained={files[0].name} "
+                "to start from it"
+            )
         return {"name": "none", "args": {}, "schedule": {}, "balance": None}
     method = _method_file(config.method)
     load_method(method.name)
@@ -69,10 +74,15 @@ def resolve_method(
 def resolve_student(config: TrainConfig, teacher: bool = False) -> StudentSpec:
     """Return what is trained: structure and warm start, of the student or of the self-distillation teacher.
 
+    ``pretrained`` and ``reparam`` are the student's; a teacher of the same structure or one from a YAML has them too,
+    but a checkpoint that is named as the teacher goes on from its own weights.
+
     Raises:
         ModelError: Unknown model or unusable file.
     """
     name = (config.teacher_model or config.model) if teacher else config.model
+    if teacher and config.teacher_model is not None and name.endswith(".pt"):
+        return student_spec(name, trust=config.trust)
     warm_start = None
     if isinstance(config.pretrained, str):
         load_model(Path(config.pretrained), trust=config.trust)
@@ -96,8 +106,8 @@ def check_training_inputs(
         The canvas that will be used (``imgsz``, pixels).
 
     Raises:
-        ConfigError: A stock argument of the wrong type or range, a canvas that is no multiple of the stride, or a
-            teacher cache that would never be read.
+        ConfigError: A stock argument of the wrong type or range or that cannot work, a canvas that is no multiple of
+            the stride, or a teacher cache that would never be read.
         DataError: The data set would not train.
     """
     imgsz = stock.get("imgsz", load_yaml(data).get("imgsz", 640))
@@ -108,6 +118,13 @@ def check_training_inputs(
         raise ConfigError(str(error).splitlines()[0]) from error
     if stock.get("epochs") is not None and int(stock["epochs"]) < 1:
         raise ConfigError(f"epochs={stock['epochs']}: at least 1 is needed")
+    if stock.get("rect"):
+        raise ConfigError("rect=true: training and validation use the square canvas of the deployed file; drop rect=")
+    if stock.get("single_cls") and config.teacher != "none":
+        raise ConfigError(
+            "single_cls=true: renames the classes, so that no teacher knows them; give the labels one class, or "
+            "teacher=none"
+        )
     check_cache(config, stock)
     check_teacher_canvas(config, stock, imgsz)
     validate_for_training(data)

@@ -8,73 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
-from ultralytics.nn.tasks import DetectionModel, yaml_model_load
-from ultralytics.utils import LOGGER, SETTINGS
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import LOGGER
 
-from kd_yolo.checkpoints import load_model, serialize
-from kd_yolo.config import Strict, TrainConfig, validate
-from kd_yolo.errors import CheckpointError, ModelError
+from kd_yolo.checkpoints import serialize
+from kd_yolo.config import TrainConfig
+from kd_yolo.errors import CheckpointError, ConfigError, DataError, ModelError
 from kd_yolo.files import sha256, write_json, written_aside
 from kd_yolo.images import dataset_files, read_image, spread, to_canvas
 from kd_yolo.nn.lightnet import build_model
-from kd_yolo.nn.merging import merge, rep_blocks
-from kd_yolo.nn.narrow import NarrowReport, narrow
+from kd_yolo.nn.narrow import MIN_IMAGES, check_rows, narrow
+from kd_yolo.nn.narrow_report import NarrowReport
 from kd_yolo.nn.student import StudentSpec, student_spec
 from kd_yolo.provenance import versions
 from kd_yolo.resources import load_yaml
+from kd_yolo.tasks.peer import Inherits, inherits, source_in, teacher_source
 from kd_yolo.tasks.preflight import resolve_student
 from kd_yolo.tasks.stock_defaults import finetuned_defaults, narrowed_defaults
 
-INHERITS_KEY = "inherits"
 START_IMAGES = 96  # training images, without their labels, that the layers are fitted on
 LARGEST_START_CANVAS = 320
-
-
-class Inherits(Strict):
-    """The ``inherits:`` key of a model YAML."""
-
-    source: str = Field(alias="from", min_length=1, description="name of the pretrained detector whose rows these are")
-    rows: list[int] = Field(min_length=2, description="for every row the row of that detector it takes over")
-
-
-def inherits(cfg: Mapping[str, Any]) -> Inherits | None:
-    """Return what a model dictionary says of the detector it takes over, or None.
-
-    Raises:
-        ModelError: The key is malformed.
-    """
-    content = cfg.get(INHERITS_KEY)
-    if content is None:
-        return None
-    if not isinstance(content, dict) or set(content) != {"from", "rows"}:
-        raise ModelError(f"{INHERITS_KEY}: write a mapping with 'from', a model name, and 'rows', a list of numbers")
-    return validate(Inherits, content, where=INHERITS_KEY)
-
-
-def pretrained_peer(config: TrainConfig, student: StudentSpec, teachers: Sequence[Path] = ()) -> Path | None:
-    """Return the pretrained detector that a student takes over, if it is at hand.
-
-    It is the file of ``pretrained=`` when that holds this detector. Without one Ultralytics' places are looked at,
-    the working folder and its ``weights_dir``; nothing is downloaded. A teacher that holds it makes it superfluous.
-    """
-    said = inherits(student.cfg)
-    if said is None or config.pretrained is False:
-        return None
-    if student.weights is not None:
-        return student.weights if _source(student.weights, said, config.trust) is not None else None
-    if any(path.suffix == ".pt" and _source(path, said, config.trust) is not None for path in teachers):
-        return None  # the student starts from that teacher
-    name = f"{said.source}.pt"
-    for folder in (Path.cwd(), Path(SETTINGS["weights_dir"])):
-        if (folder / name).is_file():
-            return (folder / name).resolve()
-    LOGGER.warning(
-        f"{student.name} has no pretrained weights to start from, which costs most of its accuracy: no {name} in "
-        f"{Path.cwd()} or {SETTINGS['weights_dir']}. Put it there (Ultralytics publishes it), give pretrained=FILE, or "
-        "say pretrained=false"
-    )
-    return None
 
 
 def own_teacher(config: TrainConfig, peer: Path | None) -> StudentSpec:
@@ -110,15 +63,58 @@ def start_source(
         student: What will be trained.
         teachers: Its teachers' files.
         peer: What ``pretrained_peer`` returned.
+
+    Raises:
+        CheckpointError: The file of ``pretrained=`` or the pretrained detector cannot be loaded.
     """
     said = inherits(student.cfg)
     explicit = isinstance(config.pretrained, str)
     if said is None or config.pretrained is False or (student.weights is not None and not explicit):
         return None
-    for path in [student.weights] if explicit else [*teachers, peer]:
-        if path is not None and path.suffix == ".pt" and (source := _source(path, said, config.trust)) is not None:
+    for path in () if explicit else teachers:
+        if path.suffix == ".pt" and (source := teacher_source(path, said, config.trust)) is not None:
             return path, source
-    return None
+    last = student.weights if explicit else peer
+    source = source_in(last, said, config.trust) if last is not None else None
+    return (last, source) if last is not None and source is not None else None
+
+
+def check_start(
+    config: TrainConfig, student: StudentSpec, teachers: Sequence[Path], peer: Path | None, data: Path
+) -> None:
+    """Refuse a start that could not be made, before a teacher is trained for it.
+
+    Args:
+        config: The run's configuration.
+        student: What will be trained.
+        teachers: Its teachers' files, as far as they are there already.
+        peer: What ``pretrained_peer`` returned; a teacher that is trained from it has its structure.
+        data: Ready data YAML.
+
+    Raises:
+        ConfigError: The images have other channels than photographs.
+        DataError: There are too few of them.
+        ModelError: The rows of ``inherits`` do not fit.
+    """
+    found, said = start_source(config, student, teachers, peer), inherits(student.cfg)
+    if found is None or said is None:
+        return
+    path, source = found
+    channels, count = int(load_yaml(data).get("channels", 3)), len(dataset_files(data, "train"))
+    if channels not in {1, 3}:
+        raise ConfigError(f"{data}: what {path} computes cannot be fitted on {channels} channels; say pretrained=false")
+    if count < MIN_IMAGES:
+        raise DataError(
+            f"{data}: {student.name} cannot take over {path} with {count} training images; {MIN_IMAGES} are needed, or "
+            "say pretrained=false"
+        )
+    image = int(source.yaml.get("channels", 3))
+    try:
+        check_rows(build_model(student.cfg, nc=int(source.model[-1].nc), ch=image), source, said.rows)
+    except ModelError as error:
+        raise ModelError(
+            f"{student.name}: cannot take over {path}: {error}; correct its 'inherits', or say pretrained=false"
+        ) from error
 
 
 def start_student(
@@ -136,47 +132,37 @@ def start_student(
 
     Returns:
         The student with its first weights, and the stock arguments that it is trained with unless others are given.
+
+    Raises:
+        CheckpointError: What it takes over is gone or damaged, and was not taken over yet.
     """
     config = TrainConfig.model_validate(plan["config"])
-    found = start_source(config, student, teachers, peer)
-    said = inherits(student.cfg)
-    if found is None or said is None:
-        return student, finetuned_defaults(student, Path(config.data))
-    path, source = found
-    return replace(
-        student, weights=_narrowed(run_dir / f"{name}.start.pt", student, source, path, said, plan)
-    ), narrowed_defaults()
-
-
-def fits(source: DetectionModel, said: Inherits) -> bool:
-    """Tell whether a detector is the one whose rows a student's YAML means, whatever its classes."""
-    wanted = yaml_model_load(f"{said.source}.yaml")
-    same = all(source.yaml.get(key) == wanted.get(key) for key in ("backbone", "head"))
-    return same and (source.yaml.get("scale") or None) == (wanted.get("scale") or None)
-
-
-def _source(path: Path, said: Inherits, trust: bool) -> DetectionModel | None:
-    """Return the detector in a file if it is the one whose rows are meant, merged and in float32."""
+    out, said = run_dir / f"{name}.start.pt", inherits(student.cfg)
     try:
-        model, _ = load_model(path, trust=trust)
+        found = start_source(config, student, teachers, peer)
     except CheckpointError:
-        return None  # a teacher of another kind, which has been checked as a teacher already
-    model = merge(model, check=False)[0] if rep_blocks(model) else model
-    return model.float() if fits(model, said) else None
+        if not (out.is_file() and _record(out).is_file()):
+            raise
+        LOGGER.info(f"warm start: {out}")  # a resumed run no longer needs the file that it was made from
+        return replace(student, weights=out), narrowed_defaults()
+    if found is None or said is None:
+        return student, finetuned_defaults(student, Path(config.data), classes=plan["stock"].get("classes"))
+    path, source = found
+    return replace(student, weights=_narrowed(out, student, source, path, said, plan)), narrowed_defaults()
 
 
 def _narrowed(
     out: Path, student: StudentSpec, source: DetectionModel, path: Path, said: Inherits, plan: Mapping[str, Any]
 ) -> Path:
     """Return the file with the student's first weights; made once."""
-    record = out.with_suffix(".json")
-    digest = sha256(path)
+    record, digest = _record(out), sha256(path)
     if out.is_file() and record.is_file() and load_yaml(record).get("source_sha256") == digest:
         LOGGER.info(f"warm start: {out}")
         return out
-    target = build_model(student.cfg, nc=int(source.model[-1].nc))
+    target = build_model(student.cfg, nc=int(source.model[-1].nc), ch=int(source.yaml.get("channels", 3)))
     target.names = dict(source.names)
     files = dataset_files(plan["config"]["data"], "train")
+    files = files[: round(len(files) * float(plan["stock"].get("fraction", 1.0)))]  # what the training may see
     report = narrow_on_images(target, source, said.rows, files, int(plan["stock"]["imgsz"]))
     LOGGER.info(f"warm start: {student.name} from {path}: {report.summary()}")
     target.args = {"imgsz": plan["stock"]["imgsz"], "task": "detect"}
@@ -185,6 +171,10 @@ def _narrowed(
         aside.write_bytes(serialize(target.eval(), {}, content))
     write_json(record, content)
     return out
+
+
+def _record(out: Path) -> Path:
+    return out.with_suffix(".json")
 
 
 def narrow_on_images(

@@ -65,3 +65,23 @@ def test_train__start_is_made_once_and_a_given_mosaic_counts(
     (run / "report.json").unlink()
     train(*split_train_keys({"data": keys["data"], "resume": str(run)}))
     assert (run / "student.start.pt").stat().st_mtime_ns == made
+
+
+def test_train__resumes_elsewhere_without_what_it_was_made_from(
+    at_hand: Path, train_keys: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pretrained file is moved and the working folder is another one: teacher and start are in the run folder."""
+    keys = train_keys(allow_weak_teacher=True, epochs=1, pretrained="yolo26n.pt")
+    run = train(*split_train_keys(keys)).run_dir
+    assert yaml.safe_load((run / "run.yaml").read_text())["config"]["pretrained"] == str(at_hand)
+    keys = train_keys(allow_weak_teacher=True, epochs=1, name="own")
+    run = train(*split_train_keys(keys)).run_dir
+    made = (run / "student.start.pt").stat().st_mtime_ns
+    (run / "student" / "phase.json").unlink()
+    (run / "report.json").unlink()
+    at_hand.unlink()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    report = train(*split_train_keys({"data": keys["data"], "resume": str(run)}))
+    assert [phase.name for phase in report.phases] == ["teacher", "student"]
+    assert (run / "student.start.pt").stat().st_mtime_ns == made

@@ -24,7 +24,8 @@ from kd_yolo.nn.blocks import RepBlock
 from kd_yolo.nn.growing_channels import Channels, joined, repeated
 from kd_yolo.nn.lightnet import build_model
 from kd_yolo.nn.merging import max_errors, random_images, raw_outputs
-from kd_yolo.nn.narrow import NarrowReport, narrow
+from kd_yolo.nn.narrow import check_rows, narrow
+from kd_yolo.nn.narrow_report import NarrowReport
 from kd_yolo.nn.narrowing_blocks import Narrowing, tie
 from kd_yolo.nn.narrowing_sites import Samples
 from kd_yolo.nn.refit import install, refit
@@ -303,6 +304,9 @@ def refused(
     with pytest.raises(ModelError, match=match) as caught:
         narrow(target, source, rows, pictures(8) if images is None else images)
     assert "\n" not in str(caught.value)
+    if images is None:  # then it is the networks, which are refused before there are images
+        with pytest.raises(ModelError, match=match):
+            check_rows(target, source, rows)
 
 
 def test_narrow__refuses_rows_that_do_not_fit(source: DetectionModel) -> None:

@@ -19,15 +19,8 @@ from kd_yolo.errors import ConfigError, ModelError
 from kd_yolo.images import dataset_files
 from kd_yolo.nn.lightnet import build_model
 from kd_yolo.nn.student import student_spec
-from kd_yolo.tasks.start import (
-    fits,
-    inherits,
-    narrow_on_images,
-    own_teacher,
-    pretrained_peer,
-    say_own_teacher,
-    start_source,
-)
+from kd_yolo.tasks.peer import fits, inherits, pretrained_peer
+from kd_yolo.tasks.start import narrow_on_images, own_teacher, say_own_teacher, start_source
 
 Save = Callable[..., Path]
 

@@ -77,3 +77,14 @@ def test_finetuned_defaults__mosaics_stay_where_few_images_hold_an_object(weight
     assert filled_share(data) <= 0.3
     without = {key: value for key, value in FINETUNED.items() if key != "mosaic"}
     assert finetuned_defaults(teacher, data, is_teacher=True) == without
+
+
+def test_filled_share__counts_the_trained_classes_alone(tmp_path: Path) -> None:
+    data = make_steel_synth(tmp_path / "one", train=12, val=2, test=2, seed=3)
+    images = load_data_yaml(data).images("train")
+    for number, image in enumerate(images):
+        label_path(image).write_text(f"{0 if number < 3 else 1} 0.5 0.5 0.2 0.2\n")
+    assert filled_share(data) == 1
+    assert filled_share(data, [0]) == filled_share(data, 0) == 0.25
+    assert filled_share(data, [0, 1]) == 1
+    assert filled_share(data, [2]) == 0
