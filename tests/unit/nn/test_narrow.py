@@ -373,7 +373,7 @@ def test_narrow__refuses_a_source_without_finite_values(source: DetectionModel) 
     with torch.no_grad():
         broken.model[22].cv2.bn.bias.fill_(torch.nan)
     target, rows = student()
-    refused("not finite", target, broken, rows)
+    refused("not finite", target, broken, rows, pictures(8))
 
 
 def test_split__thins_out_evenly_and_holds_out_one_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
