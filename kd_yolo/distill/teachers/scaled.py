@@ -78,7 +78,7 @@ class ScaledTeacher(Teacher):
         height, width = (round(side / self.ratio) for side in images.shape[-2:])
         grids = [(height // s, width // s) for s in strides]
         maps = dict(zip(needed, taken.neck, strict=True))
-        neck = [F.adaptive_avg_pool2d(maps[self.source(s)].float(), g) for s, g in zip(strides, grids, strict=True)]
+        neck = [_pooled(maps[self.source(s)].float(), g) for s, g in zip(strides, grids, strict=True)]
         anchors, stride_of = anchor_grid(neck, strides)
         given = replace(taken, neck=tuple(neck), anchors=anchors, strides=stride_of, head=None, scores_one2one=None)
         if not reads & {"scores", "boxes"}:
@@ -110,6 +110,11 @@ class ScaledTeacher(Teacher):
     def title(self) -> str:
         """Return what this teacher is, for messages."""
         return f"{self.inner.title} on a canvas {self.ratio:g} times as wide"
+
+
+def _pooled(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return maps on a smaller grid; those of a teacher without maps have no channels, which not every device pools."""
+    return F.adaptive_avg_pool2d(maps, grid) if maps.shape[1] else maps.new_zeros(len(maps), 0, *grid)
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

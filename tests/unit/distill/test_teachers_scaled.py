@@ -14,6 +14,7 @@ from kd_yolo.distill.ops.boxes import decode_boxes
 from kd_yolo.distill.teachers.base import Teacher
 from kd_yolo.distill.teachers.dense import anchor_grid, dense_taps, distances, empty_maps
 from kd_yolo.distill.teachers.scaled import ScaledTeacher
+from kd_yolo.distill.teachers.several import SeveralTeachers
 
 STRIDES = (8, 16, 32)
 
@@ -65,6 +66,16 @@ def test_position__at_twice_the_canvas_the_grids_are_equal() -> None:
     assert torch.equal(found.scores[..., 64:], inner.scores[32])
     assert torch.equal(found.neck[0], inner.maps[16])
     assert torch.equal(found.neck[1], inner.maps[32])
+
+
+def test_several_teachers__have_no_maps_and_answer_as_the_one_they_all_are() -> None:
+    one = ScaledTeacher(Painted(128, seed=1), 128, 64, "stride")
+    two = ScaledTeacher(SeveralTeachers([Painted(128, seed=1), Painted(128, seed=1)], 3), 128, 64, "stride")
+    reads = frozenset({"scores", "boxes"})
+    alone, merged = (teacher.taps(torch.zeros(2, 3, 128, 128), reads, STRIDES) for teacher in (one, two))
+    assert [tuple(x.shape) for x in merged.neck] == [(2, 0, 8, 8), (2, 0, 4, 4), (2, 0, 2, 2)]
+    assert torch.allclose(merged.scores, alone.scores, atol=1e-5)
+    assert torch.allclose(merged.boxes, alone.boxes, atol=1e-5)
 
 
 def test_stride__the_most_confident_of_the_cells_speaks() -> None:
