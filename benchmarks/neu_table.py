@@ -239,7 +239,7 @@ def gains(reports: dict[str, CompareReport], split: str) -> str:
 def described(part: str, row: Row) -> list[str]:
     """Return what a row is, in words."""
     named = {"stock": "yolo26n", "surgery": "yolo26n, qarep", "yolo11n": "yolo11n", "stock long": "yolo26n"}
-    named |= dict.fromkeys(("more epochs", "our recipe"), "yolo26n, our recipe")
+    named["more epochs"] = named["our recipe"] = "yolo26n, our recipe"
     return [named.get(part, row.student), start_of(part), row.method]
 
 

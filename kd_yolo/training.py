@@ -108,9 +108,9 @@ def _started(
         check_own_teacher(method, student, own_teacher(config, peer), data, config, checked["imgsz"])
     elif config.teacher not in {"self", "none"}:
         check_teacher(config, data, checked["imgsz"], student, method=method)
-    peers = chain_peers(config, stages, data)
+    peers = chain_peers(config, stages, data, stock)
     if not stages:
-        check_start(config, student, teacher_files(config), peer, data)
+        check_start(config, student, teacher_files(config), peer, data, stock)
     run_dir = new_run_dir(stock)
     stock_arguments = {k: v for k, v in stock.items() if k not in {"project", "name", "exist_ok"}}
     plan = {

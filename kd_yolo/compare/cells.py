@@ -179,9 +179,11 @@ class CellBuilder:
             config = TrainConfig(data=str(self.parts[0].file), model=model, **given)
             spec = resolve_student(config)
             peer = pretrained_peer(config, spec, self.files)
-            check_start(config, spec, self.files, peer, self.parts[0].file)
+            data = self.parts[0].file
+            check_start(config, spec, self.files, peer, data, self.common)
             found = start_source(config, spec, self.files, peer)
-            defaults = narrowed_defaults() if found else finetuned_defaults(spec, self.parts[0].file)
+            classes = self.common.get("classes")
+            defaults = narrowed_defaults() if found else finetuned_defaults(spec, data, classes=classes)
             self._starts[model] = ({"pretrained": str(found[0])} if found else given) | defaults
         return self._starts[model]
 

@@ -84,7 +84,7 @@ def check_chain(config: TrainConfig, stages: list[str], data: Path, imgsz: int, 
         check_teacher(config, data, imgsz, students[1], Path(stages[0]).expanduser())
 
 
-def chain_peers(config: TrainConfig, stages: list[str], data: Path) -> dict[str, str]:
+def chain_peers(config: TrainConfig, stages: list[str], data: Path, stock: Mapping[str, Any]) -> dict[str, str]:
     """Return for every model of a chain the pretrained detector that it takes over, of those that have one.
 
     Raises:
@@ -94,7 +94,7 @@ def chain_peers(config: TrainConfig, stages: list[str], data: Path) -> dict[str,
     for name in dict.fromkeys(stages):
         student = resolve_stage(config, name)
         peer = pretrained_peer(config, student)
-        check_start(config, student, (), peer, data)
+        check_start(config, student, (), peer, data, stock)
         if peer is not None:
             found[name] = str(peer)
     return found

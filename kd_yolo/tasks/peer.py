@@ -92,7 +92,10 @@ def source_in(path: Path, said: Inherits, trust: bool) -> DetectionModel | None:
     Raises:
         CheckpointError: The file is missing, truncated, foreign or of another task.
     """
-    model, _ = load_model(path, trust=trust)
+    return _as_source(load_model(path, trust=trust)[0], said)
+
+
+def _as_source(model: DetectionModel, said: Inherits) -> DetectionModel | None:
     model = merge(model, check=False)[0] if rep_blocks(model) else model
     return model.float() if fits(model, said) else None
 
@@ -119,9 +122,9 @@ def _at_hand(path: Path, said: Inherits, trust: bool) -> Path:
 
 def _given(config: TrainConfig, student: StudentSpec, path: Path, said: Inherits) -> Path | None:
     """Return a file that was named if it can be narrowed; say what a student has of one that cannot."""
-    if source_in(path, said, config.trust) is not None:
-        return path
     model, _ = load_model(path, trust=config.trust)
+    if _as_source(model, said) is not None:
+        return path
     same = all(model.yaml.get(key) == student.cfg.get(key) for key in ("backbone", "head"))
     if isinstance(config.pretrained, str) and not same:
         report = warm_start(student.build(nc=int(model.model[-1].nc)), model.float())

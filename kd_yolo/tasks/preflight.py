@@ -49,10 +49,11 @@ def resolve_method(
         useless = [f"kd.{k}" for k in groups["kd"]] + [f"schedule.{k}" for k in groups["schedule"]]
         if useless:
             raise ConfigError(f"{useless[0]} has no effect without a teacher; drop it or set teacher= and method=")
-        if files := teacher_files(config):
+        if teacher_files(config):
+            first = config.teacher.split(",")[0].strip()
             raise ConfigError(
-                f"teacher={config.teacher} has no effect with method=none; drop it, or say pretrained={files[0].name} "
-                "to start from it"
+                f"teacher={config.teacher} has no effect with method=none; drop it, or say pretrained={first} to start "
+                "from it"
             )
         return {"name": "none", "args": {}, "schedule": {}, "balance": None}
     method = _method_file(config.method)
@@ -120,7 +121,7 @@ def check_training_inputs(
         raise ConfigError(f"epochs={stock['epochs']}: at least 1 is needed")
     if stock.get("rect"):
         raise ConfigError("rect=true: training and validation use the square canvas of the deployed file; drop rect=")
-    if stock.get("single_cls") and config.teacher != "none":
+    if stock.get("single_cls") and config.teacher != "none" and config.method != "none":
         raise ConfigError(
             "single_cls=true: renames the classes, so that no teacher knows them; give the labels one class, or "
             "teacher=none"

@@ -80,7 +80,12 @@ def start_source(
 
 
 def check_start(
-    config: TrainConfig, student: StudentSpec, teachers: Sequence[Path], peer: Path | None, data: Path
+    config: TrainConfig,
+    student: StudentSpec,
+    teachers: Sequence[Path],
+    peer: Path | None,
+    data: Path,
+    stock: Mapping[str, Any],
 ) -> None:
     """Refuse a start that could not be made, before a teacher is trained for it.
 
@@ -90,6 +95,7 @@ def check_start(
         teachers: Its teachers' files, as far as they are there already.
         peer: What ``pretrained_peer`` returned; a teacher that is trained from it has its structure.
         data: Ready data YAML.
+        stock: Stock arguments, of which ``fraction`` is read.
 
     Raises:
         ConfigError: The images have other channels than photographs.
@@ -100,7 +106,7 @@ def check_start(
     if found is None or said is None:
         return
     path, source = found
-    channels, count = int(load_yaml(data).get("channels", 3)), len(dataset_files(data, "train"))
+    channels, count = int(load_yaml(data).get("channels", 3)), len(_trained_files(data, stock))
     if channels not in {1, 3}:
         raise ConfigError(f"{data}: what {path} computes cannot be fitted on {channels} channels; say pretrained=false")
     if count < MIN_IMAGES:
@@ -161,8 +167,7 @@ def _narrowed(
         return out
     target = build_model(student.cfg, nc=int(source.model[-1].nc), ch=int(source.yaml.get("channels", 3)))
     target.names = dict(source.names)
-    files = dataset_files(plan["config"]["data"], "train")
-    files = files[: round(len(files) * float(plan["stock"].get("fraction", 1.0)))]  # what the training may see
+    files = _trained_files(Path(plan["config"]["data"]), plan["stock"])
     report = narrow_on_images(target, source, said.rows, files, int(plan["stock"]["imgsz"]))
     LOGGER.info(f"warm start: {student.name} from {path}: {report.summary()}")
     target.args = {"imgsz": plan["stock"]["imgsz"], "task": "detect"}
@@ -171,6 +176,12 @@ def _narrowed(
         aside.write_bytes(serialize(target.eval(), {}, content))
     write_json(record, content)
     return out
+
+
+def _trained_files(data: Path, stock: Mapping[str, Any]) -> list[Path]:
+    """Return the images that the training sees, as Ultralytics cuts them off."""
+    files = dataset_files(data, "train")
+    return files[: round(len(files) * float(stock.get("fraction", 1.0)))]
 
 
 def _record(out: Path) -> Path:

@@ -64,7 +64,7 @@ def test_train__another_network_under_the_name(refused: Callable[..., str], tmp_
         ({"cfg": "mine.yaml"}, ["'cfg'", "give its keys on the command line"]),
         ({"rect": True}, ["rect=true", "drop rect="]),
         ({"single_cls": True}, ["single_cls=true", "teacher=none"]),
-        ({"teacher": "big.pt", "method": "none"}, ["teacher=big.pt", "method=none", "pretrained=big.pt"]),
+        ({"teacher": "far/big.pt", "method": "none"}, ["teacher=far/big.pt", "method=none", "pretrained=far/big.pt"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

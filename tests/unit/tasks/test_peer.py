@@ -89,21 +89,25 @@ def test_inherits__unknown_source(save: Save) -> None:
 
 def test_check_start__rows_that_do_not_fit(save: Save, tiny_data: Path) -> None:
     peer = save("yolo26n.pt", nc=80)
-    check_start(config(), student_spec("lightnet-n"), (), peer, tiny_data)
+    check_start(config(), student_spec("lightnet-n"), (), peer, tiny_data, {})
     with pytest.raises(ModelError, match=r"lightnet-n: cannot take over .*yolo26n\.pt: .*rows are given.*'inherits'"):
-        check_start(config(), own_rows([0, 1, 2]), (), peer, tiny_data)
+        check_start(config(), own_rows([0, 1, 2]), (), peer, tiny_data, {})
 
 
 def test_check_start__images(save: Save, tmp_path: Path) -> None:
     peer, spec = save("yolo26n.pt", nc=80), student_spec("lightnet-n")
     data = make_steel_synth(tmp_path / "few", train=7, val=2, test=2, seed=3)
     with pytest.raises(DataError, match=r"with 7 training images; 8 are needed, or say pretrained=false"):
-        check_start(config(), spec, (), peer, data)
-    check_start(config(pretrained=False), spec, (), None, data)
+        check_start(config(), spec, (), peer, data, {})
+    check_start(config(pretrained=False), spec, (), None, data, {})
+    whole = make_steel_synth(tmp_path / "whole", train=16, val=2, test=2, seed=3)
+    check_start(config(), spec, (), peer, whole, {"fraction": 0.5})
+    with pytest.raises(DataError, match="with 6 training images"):
+        check_start(config(), spec, (), peer, whole, {"fraction": 0.4})
     data = make_steel_synth(tmp_path / "spectral", train=8, val=2, test=2, seed=3)
     data.write_text(yaml.safe_dump({**yaml.safe_load(data.read_text()), "channels": 5}))
     with pytest.raises(ConfigError, match=r"cannot be fitted on 5 channels; say pretrained=false"):
-        check_start(config(), spec, (), peer, data)
+        check_start(config(), spec, (), peer, data, {})
 
 
 def test_start_student__what_was_taken_over_is_kept_when_its_source_is_gone(save: Save, tiny_data: Path) -> None:
