@@ -19,7 +19,7 @@ from kd_yolo.config import TrainConfig, split_train_keys, stock_keys
 from kd_yolo.files import absolute, sha256
 from kd_yolo.nn.student import StudentSpec
 from kd_yolo.tasks.peer import pretrained_peer
-from kd_yolo.tasks.preflight import check_training_inputs, resolve_method, resolve_student
+from kd_yolo.tasks.preflight import check_class_names_kept, check_training_inputs, resolve_method, resolve_student
 from kd_yolo.tasks.start import check_start, start_source
 from kd_yolo.tasks.stock_defaults import finetuned_defaults, narrowed_defaults
 
@@ -200,6 +200,7 @@ class CellBuilder:
         teacher = "self" if self.teacher == "none" else self.teacher
         given = self._arguments(model, method, "none" if method == "none" else teacher, 0, self.parts[0])
         config, stock, groups = split_train_keys(given)
+        check_class_names_kept(config, stock)
         return config, resolve_method(config, groups, stock)
 
 

@@ -121,15 +121,24 @@ def check_training_inputs(
         raise ConfigError(f"epochs={stock['epochs']}: at least 1 is needed")
     if stock.get("rect"):
         raise ConfigError("rect=true: training and validation use the square canvas of the deployed file; drop rect=")
+    check_class_names_kept(config, stock)
+    check_cache(config, stock)
+    check_teacher_canvas(config, stock, imgsz)
+    validate_for_training(data)
+    return {"imgsz": imgsz}
+
+
+def check_class_names_kept(config: TrainConfig, stock: Mapping[str, Any]) -> None:
+    """Refuse a teacher beside ``single_cls``.
+
+    Raises:
+        ConfigError: The classes would be renamed, so that no teacher knows them.
+    """
     if stock.get("single_cls") and config.teacher != "none" and config.method != "none":
         raise ConfigError(
             "single_cls=true: renames the classes, so that no teacher knows them; give the labels one class, or "
             "teacher=none"
         )
-    check_cache(config, stock)
-    check_teacher_canvas(config, stock, imgsz)
-    validate_for_training(data)
-    return {"imgsz": imgsz}
 
 
 def check_teacher(

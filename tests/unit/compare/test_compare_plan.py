@@ -185,6 +185,12 @@ def test_plan__bad_input(
         lay(**given)
 
 
+def test_plan__one_class_has_no_teacher(lay: Lay) -> None:
+    with pytest.raises(ConfigError, match="single_cls=true: renames the classes"):
+        lay(single_cls=True)
+    assert lay(single_cls=True, methods="none", teacher="none").cells
+
+
 def test_plan__two_files_of_one_name(lay: Lay, tmp_path: Path) -> None:
     files = []
     for folder in ("one", "two"):
