@@ -66,7 +66,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "yolo11n": {"students": "weights11", "methods": "none,score-l2", "seeds": THREE},
     "our recipe": {"students": "weights", "methods": "none,score-l2,kd-lightnet", "seeds": THREE} | narrowed_defaults(),
 }
-SHORT = ("stock", "stock long", "lightnet", "more epochs")
+SHORT = {"neu_table": ("stock", "stock long", "lightnet", "more epochs")}  # README's rows, by file; of others all
 FILES = ("weights", "weights11", "teacher")
 BASELINE = ("stock", "none")
 METRICS = ("mAP50-95", "mAP50")
@@ -127,7 +127,7 @@ def measure(keys: dict[str, Any]) -> None:
         content = {part: {k: v for k, v in report.to_dict().items() if k in KEPT} for part, report in reports.items()}
         write_json(HERE / f"{own['name']}.json", content)
         write_text(HERE / f"{own['name']}.md", text + "\n")
-    short = {part: report for part, report in reports.items() if part in SHORT}
+    short = {part: report for part, report in reports.items() if part in SHORT.get(str(own["name"]), reports)}
     for page in own["pages"]:  # the README shows the rows that answer its question
         shown = "\n\n".join([markdown(short, split, budget), *parts[1:2]]) if page == "README.md" else text
         write_block(page, str(own["name"]), shown)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torchvision  # noqa: F401  Ultralytics' NMS uses its kernel where it is loaded
 from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.nms import non_max_suppression
@@ -172,6 +171,7 @@ def detections(raw: RawOutputs, nms: bool, confidence: float = CONFIDENCE, iou: 
         For every image (n, 6): x1, y1, x2, y2, score, class; best first.
     """
     if nms:
+        _load_nms_kernel()
         centred = torch.cat((_to_centred(raw.boxes), raw.scores), -1).transpose(1, 2)
         # Ultralytics' NMS stops at a time limit; a check must not depend on how busy the machine is.
         found = non_max_suppression(
@@ -202,6 +202,7 @@ def postprocess(
     Returns:
         For every image (n, 6): x1, y1, x2, y2, score, class; best first.
     """
+    _load_nms_kernel()
     # Ultralytics' NMS stops at a time limit; results must not depend on how busy the machine is.
     found = non_max_suppression(output, confidence, iou, max_det=MAX_DETECTIONS, end2end=not nms, max_time_img=1e6)
     for rows, shape in zip(found, shapes, strict=True):
@@ -221,3 +222,8 @@ def _top_pairs(boxes: Tensor, scores: Tensor, confidence: float) -> Tensor:
 def _to_centred(boxes: Tensor) -> Tensor:
     low, high = boxes[..., :2], boxes[..., 2:]
     return torch.cat(((low + high) / 2, high - low), -1)
+
+
+def _load_nms_kernel() -> None:
+    """Load torchvision, whose kernel Ultralytics' NMS uses where it is loaded; not before: it takes seconds."""
+    import torchvision  # noqa: F401

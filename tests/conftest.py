@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import logging
 import os
 import shutil
@@ -32,6 +33,8 @@ os.environ["KD_YOLO_DATA"] = _folder_until_exit("kd-yolo-data-")
 
 SS_DISABLE = 2  # of sigaltstack(2)
 
+# Saving, merging and checking a real LightNet takes two thirds of a tiny training; where it matters a test names one.
+TINY_LAYOUT = str(ROOT / "tests" / "layouts" / "lightnet-tiny.yaml")
 TINY = {"imgsz": 64, "batch": 8, "plots": False, "device": "cpu", "workers": 0, "verbose": False}
 
 
@@ -61,6 +64,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         handler.filters.clear()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def settled_heap() -> Iterator[None]:
+    """Take what is imported by now out of the garbage collector's sight.
+
+    Ultralytics collects in full after every epoch and every validation: up to half a second each time beside the
+    600,000 objects of this suite.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Return the folder with real data and weights, or skip."""
@@ -68,6 +84,12 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}; set KD_YOLO_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_layout() -> str:
+    """Return the YAML of a LightNet with as few layers as one can have."""
+    return TINY_LAYOUT
 
 
 @pytest.fixture(scope="session")
@@ -84,8 +106,7 @@ def tiny_teacher(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     from kd_yolo.config import split_train_keys
     from kd_yolo.training import train
 
-    layout = ROOT / "benchmarks" / "layouts" / "lightnet-n-shallow.yaml"  # learns from random weights in one epoch
-    keys = {**TINY, "data": str(tiny_data), "model": str(layout), "teacher": "none", "epochs": 1}
+    keys = {**TINY, "data": str(tiny_data), "model": TINY_LAYOUT, "teacher": "none", "epochs": 1}
     keys |= {"project": str(tmp_path_factory.mktemp("teacher")), "name": "run", "export": "none", "benchmark": False}
     return train(*split_train_keys(keys)).best
 
@@ -121,7 +142,7 @@ def train_keys(tiny_data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]
     """Return a function that builds the keys of a tiny training command."""
 
     def build(**given: Any) -> dict[str, Any]:
-        base = {**TINY, "data": str(tiny_data), "model": "lightnet-n", "epochs": 2, "close_mosaic": 0}
+        base = {**TINY, "data": str(tiny_data), "model": TINY_LAYOUT, "epochs": 2, "close_mosaic": 0}
         base |= {"project": str(tmp_path), "name": "run", "export": "none", "benchmark": False}
         return {**base, **given}
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from ultralytics.nn.modules import Classify
 from ultralytics.nn.tasks import ClassificationModel, parse_model, yaml_model_load
@@ -153,9 +152,12 @@ def torchvision_chain(name: str, state: Mapping[str, Tensor] | None = None) -> l
     Raises:
         TeacherError: No such network, its modules do not run one after the other, or the weights are another's.
     """
-    if name not in torchvision.models.list_models(torchvision.models):
-        raise TeacherError(f"teacher 'torchvision:{name}': torchvision has no such network{_near(name)}")
-    model = torchvision.models.get_model(name, weights=None).eval()
+    from torchvision import models  # here: it takes seconds to load
+
+    known = models.list_models(models)
+    if name not in known:
+        raise TeacherError(f"teacher 'torchvision:{name}': torchvision has no such network{nearest(name, known)}")
+    model = models.get_model(name, weights=None).eval()
     features = getattr(model, "features", None)
     chain = _flat(features if isinstance(features, nn.Sequential) else model)
     chain = list(itertools.takewhile(lambda module: not isinstance(module, CLASSIFIER), chain))
@@ -182,10 +184,6 @@ def _timm() -> Any:
     if find_spec("timm") is None:
         raise BackendMissingError("teacher 'timm:...' needs timm; run: pip install timm")
     return import_module("timm")
-
-
-def _near(name: str) -> str:
-    return nearest(name, torchvision.models.list_models(torchvision.models))
 
 
 def _flat(module: nn.Module) -> list[nn.Module]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
 from ultralytics.nn.tasks import DetectionModel
 
 from kd_yolo.distill.base import Taps
@@ -69,6 +68,8 @@ def confident_boxes(taps: Taps, reg_max: int, confidence: float, canvas: tuple[i
     sound = (corners[:, 2:] - corners[:, :2] >= SMALLEST_SIDE_PX).all(1)
     image, anchor, corners = image[sound], anchor[sound], corners[sound]
     sure, kind = best[image, anchor], label[image, anchor]
+    from torchvision.ops import batched_nms  # here: it takes seconds to load
+
     kept = batched_nms(corners, sure, image * scores.shape[1] + kind, OVERLAP)  # the most confident first
     rank = torch.nn.functional.one_hot(image[kept], scores.shape[0]).cumsum(0).gather(1, image[kept].unsqueeze(1))
     kept = kept[rank.squeeze(1) <= MOST_BOXES]

@@ -30,12 +30,12 @@ def taught_by(run_dir: Path, phase: str) -> str | list[str] | None:
 
 
 def test_train__chain_teaches_stage_by_stage_and_goes_on_where_it_stopped(
-    train_keys: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_keys: Callable[..., dict[str, Any]], tiny_layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[str] = []
 
     def stopping(run_dir: Path, spec: Any, plan: Any) -> PhaseResult:
-        if spec.name == "stage3-lightnet-n" and "stopped" not in ran:
+        if spec.name == "stage3-lightnet-tiny" and "stopped" not in ran:
             ran.append("stopped")
             raise KeyboardInterrupt
         ran.append(spec.name)
@@ -43,27 +43,29 @@ def test_train__chain_teaches_stage_by_stage_and_goes_on_where_it_stopped(
 
     monkeypatch.setattr(chain_module, "run_phase", stopping)
     with pytest.raises(KeyboardInterrupt):
-        train(*split_train_keys(keys_of(train_keys, "lightnet-n,yolo26n.yaml,lightnet-n")))
+        train(*split_train_keys(keys_of(train_keys, f"{tiny_layout},yolo26n.yaml,{tiny_layout}")))
     run_dir = tmp_path / "run"
-    first = sha256(run_dir / "stage1-lightnet-n" / "weights" / "best.pt")
-    assert ran == ["stage1-lightnet-n", "stage2-yolo26n", "direct", "stopped"]
+    first = sha256(run_dir / "stage1-lightnet-tiny" / "weights" / "best.pt")
+    assert ran == ["stage1-lightnet-tiny", "stage2-yolo26n", "direct", "stopped"]
     report = train(*split_train_keys({"data": "resumed", "resume": str(run_dir)}))
-    assert [p.name for p in report.phases] == ["stage1-lightnet-n", "stage2-yolo26n", "direct", "stage3-lightnet-n"]
-    assert sha256(run_dir / "stage1-lightnet-n" / "weights" / "best.pt") == first  # not trained again
-    assert read_recipe(run_dir / "stage1-lightnet-n.recipe.yaml") is None
+    names = ["stage1-lightnet-tiny", "stage2-yolo26n", "direct", "stage3-lightnet-tiny"]
+    assert [phase.name for phase in report.phases] == names
+    assert sha256(run_dir / "stage1-lightnet-tiny" / "weights" / "best.pt") == first  # not trained again
+    assert read_recipe(run_dir / "stage1-lightnet-tiny.recipe.yaml") is None
     assert taught_by(run_dir, "stage2-yolo26n") == first == taught_by(run_dir, "direct")
     second = next(p for p in report.phases if p.name == "stage2-yolo26n").best_sha256
-    assert taught_by(run_dir, "stage3-lightnet-n") == second == sha256(run_dir / "stage2-yolo26n/weights/best.pt")
+    assert taught_by(run_dir, "stage3-lightnet-tiny") == second == sha256(run_dir / "stage2-yolo26n/weights/best.pt")
     assert sha256(report.best) == report.phases[-1].best_sha256
     assert type(load_model(report.best)[0]).__name__ == "DetectionModel"
 
 
 def test_train__chain_from_a_trained_teacher(
-    train_keys: Callable[..., dict[str, Any]], tiny_teacher: Path, tmp_path: Path
+    train_keys: Callable[..., dict[str, Any]], tiny_teacher: Path, tiny_layout: str
 ) -> None:
-    report = train(*split_train_keys(keys_of(train_keys, f"{tiny_teacher},lightnet-n,lightnet-n", method="score-l2")))
-    assert [p.name for p in report.phases] == ["stage2-lightnet-n", "direct", "stage3-lightnet-n"]
-    assert taught_by(report.run_dir, "stage2-lightnet-n") == sha256(tiny_teacher)
+    chain = ",".join([str(tiny_teacher), tiny_layout, tiny_layout])
+    report = train(*split_train_keys(keys_of(train_keys, chain, method="score-l2")))
+    assert [p.name for p in report.phases] == ["stage2-lightnet-tiny", "direct", "stage3-lightnet-tiny"]
+    assert taught_by(report.run_dir, "stage2-lightnet-tiny") == sha256(tiny_teacher)
 
 
 def test_chain__class_list_that_changes_is_refused(tiny_teacher: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -130,6 +130,14 @@ def test_help__imports_nothing_heavy(words: list[str]) -> None:
     assert not {name.split(".")[0] for name in loaded} & set(HEAVY)
 
 
+def test_training__is_ready_to_refuse_before_the_heaviest_is_loaded() -> None:
+    """torchvision brings torch's compiler along, which takes as long as everything else together."""
+    code = "import sys, kd_yolo.training, kd_yolo.api; print('LOADED', *sys.modules)"
+    loaded = run("-c", code).stdout.rpartition("LOADED")[2].split()
+    assert "torch" in loaded
+    assert not {"torchvision", "torch._dynamo"} & set(loaded)
+
+
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="needs os.wait4, which Windows lacks")
 def test_help__is_fast() -> None:
     """Processor time, not wall time: the best of five stays the same on a machine that is busy with something else."""

@@ -22,11 +22,11 @@ Keys = Callable[..., tuple[CompareKeys, dict[str, Any]]]
 
 
 @pytest.fixture
-def keys(tiny_data: Path, tiny_teacher: Path, tmp_path: Path) -> Keys:
+def keys(tiny_data: Path, tiny_teacher: Path, tiny_layout: str, tmp_path: Path) -> Keys:
     def build(**given: Any) -> tuple[CompareKeys, dict[str, Any]]:
         base: dict[str, Any] = {
             "data": str(tiny_data),
-            "students": "lightnet-n",
+            "students": tiny_layout,
             "methods": "none,score-l2",
             "seeds": "0",
         }

@@ -111,7 +111,7 @@ def free_port() -> int:
 
 
 def test_torchrun__two_machines_train_the_documented_script(
-    tiny_teacher: Path, tiny_data: Path, tmp_path: Path
+    tiny_teacher: Path, tiny_layout: str, tiny_data: Path, tmp_path: Path
 ) -> None:
     """Two launchers with one process each, as on two machines: both have local rank 0."""
     for name in ("prepare.py", "node.py"):
@@ -121,7 +121,7 @@ def test_torchrun__two_machines_train_the_documented_script(
         sys.executable,
         str(tmp_path / "prepare.py"),
         f"run={run}",
-        "model=lightnet-n",
+        f"model={tiny_layout}",
         f"teacher={tiny_teacher}",
     ]
     subprocess.run([*prepare, "method=score-l2", "pretrained=false"], check=True, timeout=200)

@@ -64,7 +64,7 @@ def tiny_trainer(data: Path, recipe: Path, folder: Path, **given: Any) -> KDTrai
 def test_train__self_distillation_end_to_end(
     method: str, train_keys: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    report = train(*split_train_keys(train_keys(method=method, allow_weak_teacher=True)))
+    report = train(*split_train_keys(train_keys(model="lightnet-n", method=method, allow_weak_teacher=True)))
     assert [phase.name for phase in report.phases] == ["teacher", "student"]
     terms = {"kd-lightnet": ["kd_cls_loss", "kd_box_loss"], "score-l2": ["kd_feat_loss"]}[method]
     results = report.run_dir / "results.csv"
@@ -195,11 +195,11 @@ def test_trainer__balance_sets_the_gradient_ratio_once(
 
 
 @pytest.fixture
-def wrapped(recipe_of: Callable[..., Path], tiny_teacher: Path) -> KDModel:
+def wrapped(recipe_of: Callable[..., Path], tiny_teacher: Path, tiny_layout: str) -> KDModel:
     from ultralytics.cfg import get_cfg
 
     torch.manual_seed(0)
-    student = build_model("lightnet-n", nc=6)
+    student = build_model(tiny_layout, nc=6)
     student.args = get_cfg()
     names = load_teacher(tiny_teacher)[0].names
     recipe = read_recipe(recipe_of("kd-lightnet"))

@@ -58,9 +58,9 @@ def recipe_of(tiny_teacher: Path, tmp_path: Path, folder: Path) -> Callable[...,
 
 
 @pytest.fixture
-def wrapped(recipe_of: Callable[..., Path], tiny_teacher: Path) -> KDModel:
+def wrapped(recipe_of: Callable[..., Path], tiny_teacher: Path, tiny_layout: str) -> KDModel:
     torch.manual_seed(0)
-    student = build_model("lightnet-n", nc=6)
+    student = build_model(tiny_layout, nc=6)
     student.args = get_cfg()
     recipe = read_recipe(recipe_of())
     assert recipe is not None

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.models import detection
 from ultralytics.nn.modules.head import RTDETRDecoder
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
@@ -177,6 +176,8 @@ def _torchvision_file(file: Path, content: dict[str, Any]) -> TeacherFile:
     names = dict(enumerate(names)) if isinstance(names, list) else {int(k): str(v) for k, v in names.items()}
     if any(not 0 <= number < content["num_classes"] for number in names):
         raise TeacherError(f"{file}: names classes outside 0 to {content['num_classes'] - 1}; correct its names")
+    from torchvision.models import detection  # here: it takes seconds to load
+
     build: Callable[..., nn.Module] = getattr(detection, name)
     model = build(weights=None, weights_backbone=None, num_classes=content["num_classes"])
     try:

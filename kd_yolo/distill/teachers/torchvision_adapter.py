@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, arange
-from torchvision.models.detection.image_list import ImageList
 
 from kd_yolo.distill.base import DetectorSpec, Taps
 from kd_yolo.distill.taps import select_anchors
@@ -42,6 +41,8 @@ class TorchvisionTeacher(Teacher):
         return dense.dense_taps(kept, strides, scores, boxes)
 
     def _answers(self, images: Tensor, maps: list[Tensor]) -> tuple[Tensor, ...]:
+        from torchvision.models.detection.image_list import ImageList  # here: it takes seconds to load
+
         out = {name: values.float() for name, values in self.model.head(maps).items()}
         logits = out["cls_logits"]
         if "bbox_ctrness" in out:  # FCOS: the score is the root of class times centre-ness
