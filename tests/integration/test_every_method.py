@@ -28,7 +28,9 @@ def with_bins(path: Path, names: dict[int, str]) -> Path:
 
 
 @pytest.mark.parametrize("name", [*list_methods(), "cwd+bckd"])
-def test_train__two_epochs_with_a_signal(name: str, tiny_data: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_train__two_epochs_with_a_signal(
+    name: str, tiny_data: Path, tiny_teacher: Path, tiny_layout: str, tmp_path: Path
+) -> None:
     bins = "+" not in name and load_method(name).needs_bins
     names = yaml.safe_load(tiny_data.read_text())["names"]
     teacher = with_bins(tmp_path / "bins.pt", names) if bins else tiny_teacher
@@ -36,7 +38,7 @@ def test_train__two_epochs_with_a_signal(name: str, tiny_data: Path, tiny_teache
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump()))
     keys: dict[str, Any] = {
-        "model": "yolov8n.yaml" if bins else "yolo26n.yaml",
+        "model": "yolov8n.yaml" if bins else tiny_layout,
         "pretrained": False,
         "data": str(tiny_data),
     }
