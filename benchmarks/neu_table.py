@@ -62,8 +62,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "more epochs": {"students": "teacher", "methods": "none", "seeds": THREE} | narrowed_defaults(),
     "from COCO": {"students": "lightnet-n,lightnet-s", "methods": "none,kd-lightnet", "pretrained": "weights"}
     | {"seeds": THREE},
-    "surgery": {"students": "weights", "methods": "none,kd-lightnet", "reparam": "qarep", "seeds": THREE},
-    "yolo11n": {"students": "weights11", "methods": "none,score-l2", "seeds": THREE},
+    "surgery": {"students": "weights", "methods": "none,kd-lightnet", "reparam": "qarep"},
+    "yolo11n": {"students": "weights11", "methods": "none,score-l2"},
     "our recipe": {"students": "weights", "methods": "none,score-l2,kd-lightnet", "seeds": THREE} | narrowed_defaults(),
 }
 SHORT = {"neu_table": ("stock", "stock long", "lightnet", "more epochs")}  # README's rows, by file; of others all

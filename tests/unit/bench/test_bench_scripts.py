@@ -135,7 +135,7 @@ def test_neu_table__rows_against_stock_paired_by_seed(monkeypatch: pytest.Monkey
     gains = table.gains({"lightnet": CompareReport({}, [plain, better], [], [], [], [])}, "test")
     # -1, +1, +1: mean 1/3, sd 1.155, half width 2.87
     assert gains.splitlines()[2:] == ["| lightnet-s | teacher | kd-lightnet | +0.3 | -2.5 to +3.2 |"]
-    assert set(table.PARTS) >= {"stock", "stock long", "lightnet", "more epochs"} >= set(table.SHORT)
+    assert set(table.PARTS) >= set(table.SHORT["neu_table"]) >= {"stock", "lightnet", "more epochs"}
     setting = {"epochs": 8, "close_mosaic": 2}
     assert table.with_length("lightnet", setting, (8, 40)) == setting
     assert table.with_length("stock long", setting, (8, 40)) == {"epochs": 48, "close_mosaic": 12}
@@ -180,7 +180,7 @@ def test_neu_table__seeds_of_a_part_give_way_to_given_ones(monkeypatch: pytest.M
     monkeypatch.setattr(table, "compare", lambda keys, stock: CompareReport({}, [], [], [], [], []))
     for given in (False, True):
         own = {"seeds_given": given, "test": False}
-        table.run("yolo11n", {"teacher": "t.pt"}, {"seeds": "0,1,2,3,4"}, tmp_path, own)
+        table.run("our recipe", {"teacher": "t.pt"}, {"seeds": "0,1,2,3,4"}, tmp_path, own)
     assert asked == ["0,1,2", "0,1,2,3,4"]
 
 
