@@ -80,7 +80,9 @@ def test_postprocess__rows_that_need_no_nms() -> None:
 
 def test_postprocess__uses_the_compiled_nms() -> None:
     """In Python it takes ten times as long; Ultralytics takes torchvision's kernel only where it is loaded."""
-    code = "import sys, kd_yolo.inference; print('torchvision' in sys.modules)"
+    code = "import sys, torch; from kd_yolo.inference import postprocess; before = 'torchvision' in sys.modules; "
+    code += "postprocess(torch.zeros(1, 7, 2), [(10, 10)], (64, 64), nms=True); "
+    code += "print(not before and 'torchvision' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
 
