@@ -71,7 +71,8 @@ def test_combination__gradcheck_in_float64() -> None:
     def loss(*values: Tensor) -> Tensor:
         return total(method(with_leaves(student, values), teacher, batch))
 
-    assert torch.autograd.gradcheck(loss, tuple(leaves(student)), eps=1e-6, atol=1e-6, rtol=1e-4)
+    numeric, analytic = contract.slopes(loss, leaves(student))
+    assert analytic == pytest.approx(numeric, rel=1e-3, abs=0)
 
 
 def test_combination__zero_at_equality() -> None:
