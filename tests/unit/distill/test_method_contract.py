@@ -100,9 +100,9 @@ def test_forward__gradcheck_in_float64(name: str, classes: int) -> None:
 
     numeric, analytic = slopes(loss, leaves(student))
     assert numeric != 0
-    assert analytic == pytest.approx(numeric, rel=1e-3, abs=0)
+    assert analytic == pytest.approx(numeric, rel=1e-4, abs=0)
     numeric, analytic = slopes(wrong, leaves(student))
-    assert analytic != pytest.approx(numeric, rel=1e-3, abs=0)
+    assert analytic != pytest.approx(numeric, rel=1e-4, abs=0)
 
 
 def slopes(loss: Callable[..., Tensor], inputs: Sequence[Tensor], step: float = 1e-5) -> tuple[float, float]:
