@@ -111,7 +111,7 @@ def test_public__names_and_no_folders() -> None:
 
 
 def test_neu_table__rows_against_stock_paired_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = load("neu_table", monkeypatch)
+    table, shown = load("neu_table", monkeypatch), load("neu_rows", monkeypatch)
 
     def made(student: str, method: str, points: dict[int, float]) -> Row:
         values = {"mAP50-95": list(points.values()), "mAP50": [2 * v for v in points.values()]}
@@ -122,24 +122,47 @@ def test_neu_table__rows_against_stock_paired_by_seed(monkeypatch: pytest.Monkey
     reports = {
         name: CompareReport({}, rows, [], [], [], []) for name, rows in (("stock", [stock]), ("lightnet", [better]))
     }
-    text = table.markdown(reports, "test", (8, 40))
+    text = shown.markdown(reports, "test", (8, 40))
     line = next(line for line in text.splitlines() if "lightnet-s" in line)
     # differences 2, 4, 3: mean 3, sd 1, half width 4.303 / sqrt(3) = 2.48
     assert "| +3.0 | +0.5 to +5.5 |" in line
     assert "| teacher | kd-lightnet | 40 + 8 | 0.91 | 3 | 32.0 ± 2.0 | 64.0 ± 4.0 |" in line
     assert "| yolo26n | COCO | none | 8 | 1.00 | 3 | 29.0 ± 1.0 | 58.0 ± 2.0 |" in text
-    assert table.epochs("surgery", better, (8, 40)) == "8, teacher 40"
-    assert table.cpu_time("yolo11n", made("any", "none", {})) == "1.11"
-    assert table.against(made("x", "none", {7: 30.0}), stock, "test") == ["", ""]
+    assert shown.epochs("surgery", better, (8, 40)) == "8, teacher 40"
+    assert shown.cpu_time("yolo11n", made("any", "none", {})) == "1.11"
+    assert shown.against(made("x", "none", {7: 30.0}), stock, "test") == ["", ""]
     plain = made("lightnet-s", "none", {0: 31.0, 1: 33.0, 2: 31.0})
-    gains = table.gains({"lightnet": CompareReport({}, [plain, better], [], [], [], [])}, "test")
+    gains = shown.differences({"lightnet": CompareReport({}, [plain, better], [], [], [], [])}, "val")
     # -1, +1, +1: mean 1/3, sd 1.155, half width 2.87
-    assert gains.splitlines()[2:] == ["| lightnet-s | teacher | kd-lightnet | +0.3 | -2.5 to +3.2 |"]
+    assert gains.splitlines()[2:] == ["| lightnet-s | teacher | kd-lightnet | none | +0.3 | -2.5 to +3.2 |"]
     assert set(table.PARTS) >= set(table.SHORT["neu_table"]) >= {"stock", "lightnet", "more epochs"}
     setting = {"epochs": 8, "close_mosaic": 2}
     assert table.with_length("lightnet", setting, (8, 40)) == setting
     assert table.with_length("stock long", setting, (8, 40)) == {"epochs": 48, "close_mosaic": 12}
-    assert table.epochs("stock long", stock, (8, 40)) == "48"
+    assert shown.epochs("stock long", stock, (8, 40)) == "48"
+
+
+def test_neu_rows__distillation_against_labels_and_stock_on_both_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = load("neu_rows", monkeypatch)
+
+    def made(method: str, test: list[float], val: list[float]) -> Row:
+        places: list[tuple[int, int | None]] = [(seed, None) for seed in range(3)]
+        return Row("yolo26n", method, {"mAP50-95": val}, places, test={"mAP50-95": test})
+
+    stock = [made("none", [28, 28, 28], [30, 30, 30]), made("score-l2", [29, 30, 31], [30, 31, 32])]
+    ours = [made("none", [34, 35, 36], [35, 36, 37]), made("kd-lightnet", [35, 36, 37], [37, 38, 39])]
+    reports = {name: CompareReport({}, rows, [], [], [], []) for name, rows in (("stock", stock), ("surgery", ours))}
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in shown.differences(reports, "test").splitlines()
+    ]
+    assert cells[0][4:] == ["test", "95 % interval", "val", "95 % interval"]
+    assert [[*row[2:5], row[6]] for row in cells[2:]] == [
+        ["score-l2", "none", "+2.0", "+1.0"],
+        ["kd-lightnet", "none", "+1.0", "+2.0"],
+        ["none", "stock, score-l2", "+5.0", "+5.0"],
+        ["kd-lightnet", "stock, score-l2", "+6.0", "+7.0"],
+    ]
+    assert shown.differences({"surgery": CompareReport({}, ours[:1], [], [], [], [])}, "test") == ""
 
 
 @pytest.mark.parametrize(
