@@ -17,7 +17,7 @@ from kd_yolo.provenance import versions
 from kd_yolo.runtimes import Description, describe
 
 MODEL, METADATA, LABELS = "model.onnx", "metadata.json", "labels.txt"
-COPIED = ("detect.py", "requirements.txt")
+COPIED = ("detect.py", "detector.py", "requirements.txt")
 HEADS = ("nms", "nms-free", "nms inside")
 LAYOUT = 1  # of metadata.json; higher when a reader of the old one would misread the new one
 
@@ -31,8 +31,8 @@ def write_bundle(onnx_file: Path, folder: Path) -> list[Path]:
             ``kd_yolo.files.folder_aside``.
 
     Returns:
-        The files, sorted: ``README.md``, ``detect.py``, ``labels.txt``, ``metadata.json``, ``model.onnx``,
-        ``requirements.txt``.
+        The files, sorted: ``README.md``, ``detect.py``, ``detector.py``, ``labels.txt``, ``metadata.json``,
+        ``model.onnx``, ``requirements.txt``.
 
     Raises:
         ModelError: The file is damaged or no detector.
@@ -64,7 +64,7 @@ def write_bundle(onnx_file: Path, folder: Path) -> list[Path]:
 
 
 def _metadata(model: Path, description: Description) -> dict[str, Any]:
-    """Return what ``detect.py`` needs to know, and where the model came from."""
+    """Return what ``detector.py`` needs to know, and where the model came from."""
     own = description.own
     return {
         "bundle": LAYOUT,

@@ -369,6 +369,8 @@ def damage(bundle: Path, how: str) -> None:
         (bundle / "model.onnx").unlink()
     elif how == "no metadata":
         (bundle / "metadata.json").unlink()
+    elif how == "no detector.py":
+        (bundle / "detector.py").unlink()
     elif how == "half the metadata":
         text = (bundle / "metadata.json").read_text(encoding="utf-8")
         (bundle / "metadata.json").write_text(text[: len(text) // 2], encoding="utf-8")
@@ -384,6 +386,7 @@ def damage(bundle: Path, how: str) -> None:
         ("a bit of the model", "model.onnx: damaged"),
         ("no model", "model.onnx: No such file"),
         ("no metadata", "metadata.json: No such file"),
+        ("no detector.py", "No module named 'detector'"),
         ("half the metadata", "metadata.json: damaged"),
         ("a key of the metadata", "metadata.json: damaged (KeyError('canvas'))"),
     ],

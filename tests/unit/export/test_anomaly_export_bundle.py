@@ -13,12 +13,14 @@ import torch
 from anomaly_export_factory import anomaly_model, exported, labelled_folder, save_model, source, write
 from kd_yolo.export import export
 from kd_yolo.export.anomaly_bundle import write_anomaly_bundle
-from kd_yolo.export.bundle_files import anomaly_detect
 
 from kd_yolo.anomaly.dataset import load_image, stretched
 from kd_yolo.errors import ModelError
 from kd_yolo.images import read_image
 from kd_yolo.runtimes.anomaly_session import open_anomaly
+
+sys.path.insert(0, str(Path(write_anomaly_bundle.__code__.co_filename).parent / "bundle_files"))
+import anomaly_detect
 
 STANDARD = {"numpy", "cv2", "onnxruntime"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import torchvision
 from detector_factory import save_checkpoint, tiny_detector
 from kd_yolo.export import export
 from kd_yolo.export.bundle import write_bundle
-from kd_yolo.export.bundle_files import detect
 from numpy.typing import NDArray
 from ultralytics.data.augment import LetterBox
 from ultralytics.utils.nms import non_max_suppression
@@ -26,6 +26,12 @@ from ultralytics.utils.ops import scale_boxes
 from kd_yolo.errors import ConfigError, ModelError
 from kd_yolo.files import sha256
 from kd_yolo.images import textured_images, to_canvas
+
+sys.path.insert(0, str(Path(write_bundle.__code__.co_filename).parent / "bundle_files"))  # as in a bundle's own folder
+import detect
+import detector
+
+COPIED = Path(detect.__file__).parent
 
 SIZES = [(1, 1), (1, 300), (480, 640), (127, 129), (200, 200), (33, 1000), (641, 639), (64, 64), (95, 31)]
 CANVASES = [(64, 64), (224, 224), (96, 160), (640, 640)]
@@ -40,7 +46,7 @@ CANVASES = [(64, 64), (224, 224), (96, 160), (640, 640)]
 def test_letterbox__equals_ultralytics(size: tuple[int, int], canvas: tuple[int, int], channels: int) -> None:
     image = np.random.default_rng(size).integers(0, 256, (*size, channels), np.uint8)
     expected = LetterBox(canvas, auto=False)(image=image.copy())
-    np.testing.assert_array_equal(detect.letterbox(image, canvas), expected)
+    np.testing.assert_array_equal(detector.letterbox(image, canvas), expected)
 
 
 def test_letterbox__half_pixels_round_as_ultralytics() -> None:
@@ -50,19 +56,19 @@ def test_letterbox__half_pixels_round_as_ultralytics() -> None:
             image = np.zeros((height, width, 3), np.uint8)
             params = LetterBox((57, 64), auto=False).get_params({"img": image})
             fitted = (*params["new_unpad"][::-1], params["top"], params["left"])
-            assert detect.fit((height, width), (57, 64)) == fitted
+            assert detector.fit((height, width), (57, 64)) == fitted
 
 
 def test_to_input__equals_the_predictor() -> None:
     images = textured_images(2, (90, 70), seed=5)
-    pixels = detect.to_input(images, (64, 96), batch=2)
+    pixels = detector.to_input(images, (64, 96), batch=2)
     np.testing.assert_array_equal(pixels, to_canvas(images, (64, 96)).numpy())
     assert pixels.flags.c_contiguous
 
 
 def test_to_input__grey_and_padding_of_the_batch() -> None:
     image = textured_images(1, (64, 64), seed=5)[0][..., :1]
-    pixels = detect.to_input([np.ascontiguousarray(image)], (64, 64), batch=3)
+    pixels = detector.to_input([np.ascontiguousarray(image)], (64, 64), batch=3)
     assert pixels.shape == (3, 1, 64, 64)
     np.testing.assert_array_equal(pixels[0, 0], image[..., 0].astype(np.float32) / np.float32(255))
     assert not pixels[1:].any()
@@ -74,7 +80,7 @@ def test_to_image__equals_scale_boxes(size: tuple[int, int], canvas: tuple[int, 
     rng = np.random.default_rng((*size, *canvas))
     rows = rng.uniform(-20, max(canvas) + 20, (50, 6)).astype(np.float32)  # some outside, to be clipped
     expected = scale_boxes(canvas, torch.from_numpy(rows[:, :4].copy()), size)
-    found = detect.to_image(rows, canvas, size)
+    found = detector.to_image(rows, canvas, size)
     # one multiplication by a reciprocal instead of a division: the last bits of a float32
     np.testing.assert_allclose(found[:, :4], expected.numpy(), rtol=3e-7, atol=1e-6)
     np.testing.assert_array_equal(found[:, 4:], rows[:, 4:])
@@ -95,7 +101,7 @@ def random_output(seed: int, anchors: int, classes: int, crowd: float = 60.0, le
     return np.concatenate((boxes, scores)).astype(np.float32)
 
 
-def reference(output: NDArray[np.float32], limits: detect.Limits, **given: Any) -> NDArray[np.float32]:
+def reference(output: NDArray[np.float32], limits: detector.Limits, **given: Any) -> NDArray[np.float32]:
     kept = non_max_suppression(
         torch.from_numpy(output.copy())[None],
         limits.confidence,
@@ -110,10 +116,10 @@ def reference(output: NDArray[np.float32], limits: detect.Limits, **given: Any) 
 
 @pytest.mark.parametrize("classes", [1, 6, 80])
 @pytest.mark.parametrize("anchors", [1, 40, 1029, 8400])
-@pytest.mark.parametrize("limits", [detect.Limits(), detect.Limits(0.05, 0.45), detect.Limits(0.6, 0.2, [0, 3])])
-def test_select__equals_non_max_suppression(classes: int, anchors: int, limits: detect.Limits) -> None:
+@pytest.mark.parametrize("limits", [detector.Limits(), detector.Limits(0.05, 0.45), detector.Limits(0.6, 0.2, [0, 3])])
+def test_select__equals_non_max_suppression(classes: int, anchors: int, limits: detector.Limits) -> None:
     output = random_output(anchors + classes, anchors, classes)
-    found = detect.select(output, "nms", limits)
+    found = detector.select(output, "nms", limits)
     np.testing.assert_array_equal(found, reference(output, limits))
     if anchors == 8400 and limits.confidence < 0.5:
         assert len(found) > 20, "the case says something"
@@ -123,8 +129,8 @@ def test_select__equals_non_max_suppression(classes: int, anchors: int, limits: 
 def test_select__equals_non_max_suppression_with_ties(seed: int) -> None:
     """Whole coordinates and few scores: many boxes tie, and many pairs overlap alike. Ties go by anchor."""
     output = random_output(seed, 1500, 3, levels=8)
-    limits = detect.Limits(0.1, 0.5)
-    found = detect.select(output, "nms", limits)
+    limits = detector.Limits(0.1, 0.5)
+    found = detector.select(output, "nms", limits)
     assert len(np.unique(found[:, 4])) < len(found) / 2
     np.testing.assert_array_equal(found, reference(output, limits))
 
@@ -132,62 +138,62 @@ def test_select__equals_non_max_suppression_with_ties(seed: int) -> None:
 @pytest.mark.parametrize("count", [0, 1, 127, 128, 129, 700, 3000])
 @pytest.mark.parametrize("iou", [0.0, 0.3, 0.7, 1.0])
 def test_nms__equals_torchvision(monkeypatch: pytest.MonkeyPatch, count: int, iou: float) -> None:
-    monkeypatch.setattr(detect, "MAX_DETECTIONS", 100_000)
+    monkeypatch.setattr(detector, "MAX_DETECTIONS", 100_000)
     rng = np.random.default_rng((count, int(10 * iou)))
     low = rng.integers(0, 300, (count, 2))
     boxes = np.concatenate((low, low + rng.integers(0, 60, (count, 2))), 1).astype(np.float32)  # some without an area
     scores = torch.linspace(1, 0.1, count)
     expected = torchvision.ops.nms(torch.from_numpy(boxes), scores, iou)
-    assert detect.nms(boxes, iou) == expected.tolist()
+    assert detector.nms(boxes, iou) == expected.tolist()
 
 
 def test_nms__stops_at_the_limit_with_the_best() -> None:
     output = random_output(9, 8400, 6, crowd=6.0)
-    limits = detect.Limits(0.001, 0.9)
-    found = detect.select(output, "nms", limits)
+    limits = detector.Limits(0.001, 0.9)
+    found = detector.select(output, "nms", limits)
     assert len(found) == 300
     np.testing.assert_array_equal(found, reference(output, limits))
 
 
 def test_select__more_candidates_than_nms_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detect, "MAX_CANDIDATES", 150)
+    monkeypatch.setattr(detector, "MAX_CANDIDATES", 150)
     output = random_output(2, 3000, 2)
-    limits = detect.Limits(0.01, 0.7)
-    np.testing.assert_array_equal(detect.select(output, "nms", limits), reference(output, limits, max_nms=150))
+    limits = detector.Limits(0.01, 0.7)
+    np.testing.assert_array_equal(detector.select(output, "nms", limits), reference(output, limits, max_nms=150))
     assert len(reference(output, limits)) > len(reference(output, limits, max_nms=150)), "the cut matters here"
 
 
 def test_select__a_score_at_the_threshold_is_no_detection() -> None:
     output = np.array([[10], [10], [4], [4], [0.5]], np.float32)
-    assert len(detect.select(output, "nms", detect.Limits(0.5))) == 0
-    assert len(detect.select(output, "nms", detect.Limits(0.49))) == 1
+    assert len(detector.select(output, "nms", detector.Limits(0.5))) == 0
+    assert len(detector.select(output, "nms", detector.Limits(0.49))) == 1
 
 
 def test_select__boxes_of_two_classes_do_not_suppress_each_other() -> None:
     """The wrong twin of the offset: without it the weaker of two equal boxes of different classes is gone."""
     output = np.array([[10, 10], [10, 10], [4, 4], [4, 4], [0.9, 0.1], [0.1, 0.8]], np.float32)
-    rows = detect.select(output, "nms", detect.Limits())
+    rows = detector.select(output, "nms", detector.Limits())
     assert rows[:, 5].tolist() == [0, 1]
-    assert detect.nms(rows[:, :4], 0.7) == [0]
+    assert detector.nms(rows[:, :4], 0.7) == [0]
 
 
 @pytest.mark.parametrize(("iou", "kept"), [(0.3, [0]), (0.7, [0, 1])])
 def test_nms__overlap_of_the_threshold_itself(iou: float, kept: list[int]) -> None:
     """The overlap is a float32: 0.3 becomes more than the threshold's float64, 0.7 less. torchvision says the same."""
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 10 * iou]], np.float32)
-    assert detect.nms(boxes, iou) == kept
+    assert detector.nms(boxes, iou) == kept
     assert torchvision.ops.nms(torch.from_numpy(boxes), torch.tensor([0.9, 0.8]), iou).tolist() == kept
 
 
 @pytest.mark.parametrize("head", ["nms-free", "nms inside"])
-@pytest.mark.parametrize("limits", [detect.Limits(), detect.Limits(0.9), detect.Limits(0.1, 0.7, [1, 2])])
-def test_select__rows_are_only_filtered(head: str, limits: detect.Limits) -> None:
+@pytest.mark.parametrize("limits", [detector.Limits(), detector.Limits(0.9), detector.Limits(0.1, 0.7, [1, 2])])
+def test_select__rows_are_only_filtered(head: str, limits: detector.Limits) -> None:
     rng = np.random.default_rng(3)
     rows = rng.uniform(0, 1, (320, 6)).astype(np.float32)
     rows = rows[np.argsort(-rows[:, 4])]
     rows[:, 5] = rng.integers(0, 4, 320)
     expected = non_max_suppression(torch.from_numpy(rows)[None], limits.confidence, classes=limits.classes)[0]
-    np.testing.assert_array_equal(detect.select(rows, head, limits), expected.numpy())
+    np.testing.assert_array_equal(detector.select(rows, head, limits), expected.numpy())
 
 
 # ---- what reading does -----------------------------------------------------------------------------------------------
@@ -244,7 +250,7 @@ class FakeRuntime:
         self.opened: list[tuple[str, dict[str, str]]] = []
 
     def get_available_providers(self) -> list[str]:
-        return [detect.PROVIDERS[name] for name in self.has]
+        return [detector.PROVIDERS[name] for name in self.has]
 
     def set_default_logger_severity(self, level: int) -> None:
         assert level == 4
@@ -253,9 +259,9 @@ class FakeRuntime:
         assert enable_fallback == 0
         ((name, given),) = providers
         self.opened.append((name, given))
-        if self.fails and name == detect.PROVIDERS[self.fails]:
+        if self.fails and name == detector.PROVIDERS[self.fails]:
             raise RuntimeError("no such device\nmore")
-        real = name if name in {detect.PROVIDERS[word] for word in self.works} else "CPUExecutionProvider"
+        real = name if name in {detector.PROVIDERS[word] for word in self.works} else "CPUExecutionProvider"
         return type("Session", (), {"get_providers": lambda self: [real]})()
 
 
@@ -274,9 +280,9 @@ def test_open_session__takes(
     monkeypatch: pytest.MonkeyPatch, asked: str, has: list[str], works: list[str], taken: str
 ) -> None:
     runtime = FakeRuntime(has, works)
-    monkeypatch.setattr(detect, "onnxruntime", runtime)
-    session, name = detect.open_session(Path("here/model.onnx"), asked, 2)
-    assert name == session.get_providers()[0] == detect.PROVIDERS[taken]
+    monkeypatch.setattr(detector, "onnxruntime", runtime)
+    session, name = detector.open_session(Path("here/model.onnx"), asked, 2)
+    assert name == session.get_providers()[0] == detector.PROVIDERS[taken]
     cache = runtime.opened[-1][1].get("trt_engine_cache_path")
     assert cache == (str(Path("here/tensorrt_cache")) if taken == "tensorrt" else None)
 
@@ -292,9 +298,9 @@ def test_open_session__takes(
 def test_open_session__never_replaces_what_was_asked_for(
     monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime, says: str
 ) -> None:
-    monkeypatch.setattr(detect, "onnxruntime", runtime)
-    with pytest.raises(detect.InputError, match=says):
-        detect.open_session(Path("model.onnx"), "cuda", 0)
+    monkeypatch.setattr(detector, "onnxruntime", runtime)
+    with pytest.raises(detector.InputError, match=says):
+        detector.open_session(Path("model.onnx"), "cuda", 0)
 
 
 # ---- cameras ---------------------------------------------------------------------------------------------------------
@@ -325,20 +331,20 @@ def test_read_frames__camera_that_stops(monkeypatch: pytest.MonkeyPatch) -> None
         opened.append(FakeCamera(source))
         return opened[-1]
 
-    monkeypatch.setattr(detect.cv2, "VideoCapture", opening)
+    monkeypatch.setattr(cv2, "VideoCapture", opening)
     frames = detect.read_frames("0", 3)
     assert [(frame.name, frame.number, frame.fps) for frame in (next(frames), next(frames))] == [
         ("0", 1, 25.0),
         ("0", 2, 25.0),
     ]
-    with pytest.raises(detect.InputError, match="--source 0: the camera stopped"):
+    with pytest.raises(detector.InputError, match="--source 0: the camera stopped"):
         next(frames)
     assert opened[0].released
 
 
 def test_read_frames__releases_the_camera_when_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     camera = FakeCamera(0)
-    monkeypatch.setattr(detect.cv2, "VideoCapture", lambda _: camera)
+    monkeypatch.setattr(cv2, "VideoCapture", lambda _: camera)
     frames: Any = detect.read_frames("0", 1)
     assert next(frames).pixels.shape == (8, 8, 1)
     frames.close()
@@ -357,7 +363,7 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_write_bundle__files_and_metadata(onnx_file: Path, tmp_path: Path) -> None:
     written = write_bundle(onnx_file, tmp_path / "b")
-    names = ["README.md", "detect.py", "labels.txt", "metadata.json", "model.onnx", "requirements.txt"]
+    names = ["README.md", "detect.py", "detector.py", "labels.txt", "metadata.json", "model.onnx", "requirements.txt"]
     assert [path.name for path in written] == names
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == names
     about = json.loads((tmp_path / "b" / "metadata.json").read_text(encoding="utf-8"))
@@ -395,8 +401,8 @@ def test_write_bundle__readme_speaks_of_this_model(onnx_file: Path, tmp_path: Pa
 
 
 def test_readme__names_every_option() -> None:
-    text = (Path(detect.__file__).parent / "README.md").read_text(encoding="utf-8")
-    source = Path(detect.__file__).read_text(encoding="utf-8")
+    text = (COPIED / "README.md").read_text(encoding="utf-8")
+    source = (COPIED / "detect.py").read_text(encoding="utf-8")
     options = set(re.findall(r'add_argument\(\s*"(--\w+)"', source))
     assert len(options) == 9
     assert set(re.findall(r"^\| `(--\w+)`", text, re.MULTILINE)) == options
@@ -417,22 +423,24 @@ def test_write_bundle__refuses_what_is_no_detector(tmp_path: Path, onnx_file: Pa
 
 
 def test_detect__stands_alone_on_python_3_9() -> None:
-    """It imports nothing but the standard library and the three packages, and parses as Python 3.9."""
-    source = Path(detect.__file__).read_text(encoding="utf-8")
-    tree = ast.parse(source, feature_version=(3, 9))
-    used = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    used |= {(node.module or "").split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    """They import nothing but each other, the standard library and three packages, and parse as Python 3.9."""
+    used = set()
+    for name in ("detect.py", "detector.py"):
+        tree = ast.parse((COPIED / name).read_text(encoding="utf-8"), feature_version=(3, 9))
+        nodes = list(ast.walk(tree))
+        used |= {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        used |= {(node.module or "").split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
     standard = {"__future__", "argparse", "collections", "contextlib", "hashlib", "io", "itertools", "json"}
-    assert used == standard | {"os", "pathlib", "sys", "time", "typing", "cv2", "numpy", "onnxruntime"}
-    required = (Path(detect.__file__).parent / "requirements.txt").read_text(encoding="utf-8")
+    assert used == standard | {"os", "pathlib", "sys", "time", "typing", "cv2", "numpy", "onnxruntime", "detector"}
+    required = (COPIED / "requirements.txt").read_text(encoding="utf-8")
     assert re.findall(r"^[\w-]+", required, re.MULTILINE) == ["numpy", "opencv-python", "onnxruntime"]
 
 
 def test_detector__python_use(onnx_file: Path, tmp_path: Path) -> None:
     """The line that the README shows."""
     write_bundle(onnx_file, tmp_path)
-    detector = detect.Detector(tmp_path, "cpu", threads=1)
-    (rows,), spent = detector.detect(textured_images(1, (90, 80), seed=3), detect.Limits())
+    model = detector.Detector(tmp_path, "cpu", threads=1)
+    (rows,), spent = model.detect(textured_images(1, (90, 80), seed=3), detector.Limits())
     assert rows.shape[1] == 6
     assert len(rows) > 0
     assert set(spent) == {"pre", "infer", "post"}
