@@ -60,7 +60,7 @@ PARTS: dict[str, dict[str, Any]] = {
     | {"seeds": THREE},
     "surgery": {"students": "weights", "methods": "none,kd-lightnet", "reparam": "qarep"},
     "yolo11n": {"students": "weights11", "methods": "none,score-l2"},
-    "our recipe": {"students": "weights", "methods": "none,score-l2,kd-lightnet", "seeds": THREE} | narrowed_defaults(),
+    "our recipe": {"students": "weights", "methods": "none,score-l2,kd-lightnet"} | narrowed_defaults(),
 }
 SHORT = {"neu_table": ("stock", "stock long", "lightnet", "more epochs")}  # README's rows, by file; of others all
 FILES = ("weights", "weights11", "teacher")

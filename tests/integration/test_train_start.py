@@ -55,8 +55,9 @@ def test_train__default_uses_what_is_at_hand(
 def test_train__start_is_made_once_and_a_given_mosaic_counts(
     at_hand: Path, train_keys: Callable[..., dict[str, Any]]
 ) -> None:
-    keys = train_keys(model="lightnet-n", pretrained=str(at_hand), teacher="none", epochs=1, mosaic=0.5)
+    keys = train_keys(model="lightnet-n", pretrained="yolo26n.pt", teacher="none", epochs=1, mosaic=0.5)
     run = train(*split_train_keys(keys)).run_dir
+    assert yaml.safe_load((run / "run.yaml").read_text())["config"]["pretrained"] == str(at_hand)
     assert trained_with(run / "student" / "weights" / "best.pt")["mosaic"] == 0.5  # what is given counts
     said = json.loads((run / "student.start.json").read_text())
     assert said["source"] == "yolo26n.pt"
@@ -71,10 +72,7 @@ def test_train__resumes_elsewhere_without_what_it_was_made_from(
     at_hand: Path, train_keys: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pretrained file is moved and the working folder is another one: teacher and start are in the run folder."""
-    keys = train_keys(model="lightnet-n", allow_weak_teacher=True, epochs=1, pretrained="yolo26n.pt")
-    run = train(*split_train_keys(keys)).run_dir
-    assert yaml.safe_load((run / "run.yaml").read_text())["config"]["pretrained"] == str(at_hand)
-    keys = train_keys(model="lightnet-n", allow_weak_teacher=True, epochs=1, name="own")
+    keys = train_keys(model="lightnet-n", allow_weak_teacher=True, epochs=1)
     run = train(*split_train_keys(keys)).run_dir
     made = (run / "student.start.pt").stat().st_mtime_ns
     (run / "student" / "phase.json").unlink()

@@ -203,7 +203,7 @@ def test_neu_table__seeds_of_a_part_give_way_to_given_ones(monkeypatch: pytest.M
     monkeypatch.setattr(table, "compare", lambda keys, stock: CompareReport({}, [], [], [], [], []))
     for given in (False, True):
         own = {"seeds_given": given, "test": False}
-        table.run("our recipe", {"teacher": "t.pt"}, {"seeds": "0,1,2,3,4"}, tmp_path, own)
+        table.run("more epochs", {"teacher": "t.pt"}, {"seeds": "0,1,2,3,4"}, tmp_path, own)
     assert asked == ["0,1,2", "0,1,2,3,4"]
 
 
