@@ -33,9 +33,10 @@ def trained_with(weights: Path) -> dict[str, Any]:
     return dict(torch.load(weights, weights_only=False, map_location="cpu")["train_args"])
 
 
-def test_train__default_uses_what_is_at_hand(
-    at_hand: Path, train_keys: Callable[..., dict[str, Any]], tmp_path: Path
+def test_train__default_uses_what_is_at_hand_and_resumes_elsewhere_without_it(
+    at_hand: Path, train_keys: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The pretrained file is moved and the working folder is another one: teacher and start are in the run folder."""
     keys = train_keys(model="lightnet-n", allow_weak_teacher=True, epochs=1)
     report = train(*split_train_keys(keys))
     run = report.run_dir
@@ -51,6 +52,16 @@ def test_train__default_uses_what_is_at_hand(
         assert {key: arguments[key] for key in narrowed_defaults()} == narrowed_defaults()
     assert report.artifacts["deployed"].endswith("-deploy.pt")
 
+    made = (run / "student.start.pt").stat().st_mtime_ns
+    (run / "student" / "phase.json").unlink()
+    (run / "report.json").unlink()
+    at_hand.unlink()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    report = train(*split_train_keys({"data": keys["data"], "resume": str(run)}))
+    assert [phase.name for phase in report.phases] == ["teacher", "student"]
+    assert (run / "student.start.pt").stat().st_mtime_ns == made
+
 
 def test_train__start_is_made_once_and_a_given_mosaic_counts(
     at_hand: Path, train_keys: Callable[..., dict[str, Any]]
@@ -65,21 +76,4 @@ def test_train__start_is_made_once_and_a_given_mosaic_counts(
     (run / "student" / "phase.json").unlink()
     (run / "report.json").unlink()
     train(*split_train_keys({"data": keys["data"], "resume": str(run)}))
-    assert (run / "student.start.pt").stat().st_mtime_ns == made
-
-
-def test_train__resumes_elsewhere_without_what_it_was_made_from(
-    at_hand: Path, train_keys: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The pretrained file is moved and the working folder is another one: teacher and start are in the run folder."""
-    keys = train_keys(model="lightnet-n", allow_weak_teacher=True, epochs=1)
-    run = train(*split_train_keys(keys)).run_dir
-    made = (run / "student.start.pt").stat().st_mtime_ns
-    (run / "student" / "phase.json").unlink()
-    (run / "report.json").unlink()
-    at_hand.unlink()
-    (tmp_path / "other").mkdir()
-    monkeypatch.chdir(tmp_path / "other")
-    report = train(*split_train_keys({"data": keys["data"], "resume": str(run)}))
-    assert [phase.name for phase in report.phases] == ["teacher", "student"]
     assert (run / "student.start.pt").stat().st_mtime_ns == made
