@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-from kd_yolo.cli import main
 from kd_yolo.config import split_train_keys
 from kd_yolo.errors import ConfigError, TeacherError
 from kd_yolo.files import sha256
@@ -145,44 +144,32 @@ def test_train__killed_ten_times_equals_uninterrupted(
     whole = start({**keys, "name": "whole"})
 
     words = [f"{key}={value}" for key, value in {**keys, "name": "killed"}.items()]
-    context = multiprocessing.get_context("forkserver")  # its processes have imported everything when they begin
-    context.set_forkserver_preload(["kd_yolo.training", "kd_yolo.cli"])
+    command = [sys.executable, "-m", "kd_yolo", "train"]
     moments = random.Random(0)
     run_dir = tmp_path / "killed"
     kills = 0
     for attempt in range(60):
         resuming = (run_dir / "run.yaml").is_file()
         given = [f"resume={run_dir}"] if resuming else words
-        said = tmp_path / f"said-{attempt}.txt"
-        process = context.Process(target=command, args=(["train", *given], said))
-        process.start()
+        process = subprocess.Popen([*command, *given], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if kills < 10:
             wait_for_start(run_dir)
             time.sleep(moments.uniform(0.0, 1.2))
-            if process.is_alive():
-                process.kill()
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
                 kills += 1
-        process.join(timeout=120)
-        if process.exitcode == 0:
+        _, message = process.communicate(timeout=120)
+        if process.returncode == 0:
             break
-        assert process.exitcode == -signal.SIGKILL, (attempt, said.read_text()[-2000:])
+        assert process.returncode == -signal.SIGKILL, (attempt, message[-2000:])
     assert kills == 10 or (run_dir / "report.json").is_file()
     assert kills >= 5, "the run was too short to be killed often enough"
     for phase in ("teacher", "student"):
         assert losses(run_dir, phase) == losses(whole, phase)
 
 
-def command(words: list[str], said: Path) -> None:
-    """Run a command line in a process of its own; what it says goes into a file."""
-    with said.open("w", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        status = main(words)
-    sys.exit(status)
-
-
 def wait_for_start(run_dir: Path, timeout_s: float = 30.0) -> None:
-    """Wait until the process touches the run folder."""
+    """Wait until the process has imported everything and touches the run folder."""
     before = newest(run_dir)
     end = time.time() + timeout_s
     while newest(run_dir) == before and time.time() < end:
