@@ -165,6 +165,20 @@ def test_neu_rows__distillation_against_labels_and_stock_on_both_splits(monkeypa
     assert shown.differences({"surgery": CompareReport({}, ours[:1], [], [], [], [])}, "test") == ""
 
 
+def test_neu_across__is_what_the_recipe_page_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load("neu_across", monkeypatch).main()
+    found = {line.split("|")[1].strip(): line.split("|")[4:6] for line in capsys.readouterr().out.splitlines()[2:]}
+    page = (Path(__file__).resolve().parents[3] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    for mean, interval in found.values():
+        low, high = interval.strip().split(" to ")
+        said = [f"{mean.strip().lstrip('+-')}", f"({low} to {high}", f"({high.lstrip('-')} to {low.lstrip('-')})"]
+        assert said[0] in page
+        assert said[1] in page or said[2] in page, interval
+    assert list(found) == ["lightnet-n, kd-lightnet", "lightnet-s, kd-lightnet", "yolo26n, qarep, kd-lightnet"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
